@@ -1,0 +1,232 @@
+r"""What Pyro sees: a generative model at a context, with every habit of a ``TorchDistribution``.
+
+Any number of leading dimensions (plates, vectorised particles, enumeration, chains) is flattened to rows once, and
+unflattened once, here. A conditional law expands its context, never the output of its network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+from .foundation.errors import DensityError, PlacementError, ShapeError, SupportError
+from .mechanism import Density, Mechanism
+
+__all__ = ["GenerativeDistribution"]
+
+
+class GenerativeDistribution(TorchDistribution):
+    r"""A generative model at a context: a Pyro distribution.
+
+    Arguments:
+        model: the model that owns the parameters.
+        context: ``(*batch_shape, *context_shape)`` or ``None``.
+        batch_shape: for an unconditional model, the shape of independent copies.
+        validate_args: check values against shape, dtype, device and support; default as for all distributions.
+
+    Shape:
+        values ``(*sample_shape, *batch_shape, *event_shape)``; any further leading dimensions are accepted everywhere.
+
+    Raises:
+        ShapeError, PlacementError: see :meth:`pyro_genmods.contract.GenerativeModel.forward`.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(
+        self,
+        model: Mechanism,
+        context: Tensor | None = None,
+        batch_shape: Size | tuple[int, ...] = (),
+        validate_args: bool | None = None,
+    ) -> None:
+        self.model = model
+        self.context = context
+        self.has_rsample = model.has_rsample
+        if model.context_shape or context is not None:
+            batch_shape = self._check_context(context)
+        super().__init__(Size(batch_shape), model.event_shape, validate_args=validate_args)
+
+    def _check_context(self, context: Tensor | None) -> Size:
+        model, shape = self.model, self.model.context_shape
+        name = type(model).__name__
+        if context is None:
+            raise ShapeError(f"context: {name} is conditional; call it with one of shape (*batch, {_dims(shape)}).")
+        if not shape:
+            raise ShapeError(
+                f"context: {name} is unconditional, got one of shape {tuple(context.shape)}; leave it out."
+            )
+        split = context.dim() - len(shape)
+        if split < 0 or context.shape[split:] != shape:
+            raise ShapeError(f"context: got shape {tuple(context.shape)}, {name} needs (*batch, {_dims(shape)}).")
+        _check_place("context", context, model)
+        return context.shape[:split]
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def density(self) -> Density:
+        """How honest :meth:`log_prob` is."""
+        return self.model.density
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """Where values live, with ``event_dim`` set, known to ``biject_to`` if the law is continuous."""
+        return self.model.support
+
+    @property
+    def base(self) -> TorchDistribution:
+        """Law of the noise that :meth:`push` carries to this law, with this batch shape."""
+        return self.model.base_distribution().expand(self.batch_shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self.model).__name__}Distribution(batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)}, support={self.support}, density={self.density.name})"
+        )
+
+    # -- the Pyro contract ---------------------------------------------------------------------------------------
+
+    def expand(self, batch_shape: Any, _instance: Distribution | None = None) -> GenerativeDistribution:
+        """A new distribution over ``batch_shape`` copies; the context is expanded, the model is shared."""
+        batch_shape = Size(batch_shape)
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new.__dict__.update(self.__dict__)
+        if self.context is not None:
+            new.context = self.context.expand(batch_shape + self.model.context_shape)
+        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats with respect to the user's units, bitwise repeatable.
+
+        Arguments:
+            value: ``(*lead, *event_shape)``, ``lead`` broadcastable with ``batch_shape``.
+
+        Returns:
+            ``broadcast(lead, batch_shape)``; ``-inf`` outside the support when validation is off.
+
+        Raises:
+            SupportError: with validation on, NaN or a value outside the support.
+            ShapeError, PlacementError: the value does not fit the model.
+            DensityError: the mechanism has no density.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        lead, x, c = self._rows(value, self.event_shape)
+        y, volume = self.model.coordinates.pull(x)
+        return self._values(self.model.log_prob_rows(y, c) + volume, lead)
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:
+        """Draw without gradient, ``(*sample_shape, *batch_shape, *event_shape)``."""
+        with torch.no_grad():
+            shape, c = self._draw_shape(sample_shape)
+            x, _ = self.model.coordinates.push(self.model.sample_rows(shape.numel(), c))
+            return x.reshape(shape + self.event_shape)
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        """Draw with pathwise gradients, ``(*sample_shape, *batch_shape, *event_shape)``."""
+        self._check_rsample()
+        shape, c = self._draw_shape(sample_shape)
+        x, _ = self.model.coordinates.push(self.model.sample_rows(shape.numel(), c))
+        return x.reshape(shape + self.event_shape)
+
+    def rsample_and_log_prob(self, sample_shape: Any = Size()) -> tuple[Tensor, Tensor]:
+        """A draw and its log density, computed together, once."""
+        self._check_rsample()
+        shape, c = self._draw_shape(sample_shape)
+        y, log_prob = self.model.sample_and_log_prob_rows(shape.numel(), c)
+        x, volume = self.model.coordinates.push(y)
+        return x.reshape(shape + self.event_shape), (log_prob - volume).reshape(shape)
+
+    # -- the transport -------------------------------------------------------------------------------------------
+
+    def push(self, z: Tensor) -> Tensor:
+        """Carry noise ``(*lead, *noise_shape)`` to values ``(*lead, *event_shape)``, differentiably."""
+        lead, rows, c = self._rows(z, self.model.noise_shape)
+        x, _ = self.model.coordinates.push(self.model.push_rows(rows, c))
+        return x.reshape(lead + self.event_shape)
+
+    def pull(self, x: Tensor) -> Tensor:
+        """Carry values back to the noise they came from; the inverse of :meth:`push`."""
+        if self._validate_args:
+            self._validate_sample(x)
+        lead, rows, c = self._rows(x, self.event_shape)
+        y, _ = self.model.coordinates.pull(rows)
+        return self.model.pull_rows(y, c).reshape(lead + self.model.noise_shape)
+
+    def score(self, x: Tensor) -> Tensor:
+        r"""Gradient of the log density, :math:`\nabla_x \log p(x)`, shape of ``x``."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.log_prob(leaf).sum(), leaf, create_graph=create_graph)
+        return gradient
+
+    def steps(self, n: int) -> Iterator[Any]:
+        """The sampler opened up step by step, where sampling is sequential."""
+        raise DensityError(f"{type(self.model).__name__} samples in one go; only sequential samplers have steps().")
+
+    # -- flatten once, unflatten once ----------------------------------------------------------------------------
+
+    def _rows(self, value: Tensor, event_shape: Size) -> tuple[Size, Tensor, Tensor | None]:
+        split = value.dim() - len(event_shape)
+        if split < 0 or value.shape[split:] != event_shape:
+            raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(event_shape)}).")
+        lead = value.shape[:split]
+        if self.context is None:
+            return lead, value.reshape((lead.numel(), *event_shape)), None
+        lead = torch.broadcast_shapes(lead, self.batch_shape)
+        return lead, value.expand(lead + event_shape).reshape((lead.numel(), *event_shape)), self._context_rows(lead)
+
+    def _context_rows(self, lead: Size) -> Tensor:
+        c = self.context.expand(lead + self.model.context_shape).reshape(lead.numel(), -1)
+        return self.model.context_standardization(c)
+
+    def _values(self, rows: Tensor, lead: Size) -> Tensor:
+        values = rows.reshape(lead)
+        full = lead if not self._batch_shape else torch.broadcast_shapes(lead, self._batch_shape)
+        return values if full == lead else values.expand(full)
+
+    def _draw_shape(self, sample_shape: Any) -> tuple[Size, Tensor | None]:
+        shape = Size(sample_shape) + self.batch_shape
+        return shape, None if self.context is None else self._context_rows(shape)
+
+    # -- errors that name the remedy -----------------------------------------------------------------------------
+
+    def _check_rsample(self) -> None:
+        if not self.model.has_rsample:
+            raise DensityError(f"{self} has no pathwise gradient; use sample(), or score-function gradients in SVI.")
+
+    def _validate_sample(self, value: Tensor) -> None:
+        split = value.dim() - len(self.event_shape)
+        if split < 0 or value.shape[split:] != self.event_shape:
+            raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(self.event_shape)}).")
+        _check_place("value", value, self.model)
+        inside = self.support.check(value)
+        if not torch._is_all_true(inside):
+            bad = value[~inside].reshape(-1)[:8].tolist()
+            raise SupportError(
+                f"value: {int((~inside).sum())} event(s) are NaN or outside the support {self.support} of {self}, "
+                f"the first of them {bad}; correct the data, or give the model the support that they have."
+            )
+
+
+def _check_place(name: str, value: Tensor, model: Mechanism) -> None:
+    dtype, device = model.place
+    if value.dtype == dtype and value.device == device:
+        return
+    raise PlacementError(
+        f"{name}: got {value.dtype} on {value.device}, the model has {dtype} on {device}; cast it with "
+        f".to({str(device)!r}, {dtype}), or move the model with .to({str(value.device)!r}, {value.dtype})."
+    )
+
+
+def _dims(shape: Size) -> str:
+    return ", ".join(map(str, shape))

@@ -1,0 +1,154 @@
+r"""Numerics shared by all rooms: bracketed root finding with implicit gradients.
+
+A monotone :math:`f` with parameters :math:`\theta` defines :math:`x(y, \theta)` by :math:`f_\theta(x) = y`. The root is
+found without a graph, then its gradient is attached by the implicit function theorem,
+
+.. math:: \mathrm dx = \frac{\mathrm dy - \partial_\theta f_\theta(x)\, \mathrm d\theta}{f_\theta'(x)},
+
+so that no iteration is ever differentiated and memory is that of one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["bracket_root", "chandrupatla", "implicit_gradient", "invert_monotone"]
+
+Function = Callable[[Tensor], Tensor]
+
+
+def bracket_root(f: Function, y: Tensor, lower: Tensor, upper: Tensor, doublings: int = 12) -> tuple[Tensor, Tensor]:
+    """Widen ``[lower, upper]`` elementwise until an increasing ``f`` brackets ``y``, at most ``2 ** doublings`` times.
+
+    Arguments:
+        f: an increasing elementwise function.
+        y: targets, any shape.
+        lower, upper: first brackets, shape of ``y``.
+        doublings: how often the half-width may double.
+
+    Returns:
+        The widened brackets. Where ``y`` is beyond the range of ``f`` both ends are NaN.
+
+    Example:
+        >>> a, b = bracket_root(torch.sinh, torch.tensor([1e4]), torch.tensor([-1.0]), torch.tensor([1.0]))
+        >>> bool(torch.sinh(a) <= 1e4) and bool(torch.sinh(b) >= 1e4)
+        True
+    """
+    centre, half = (lower + upper) / 2, (upper - lower) / 2
+    low, high = f(lower) > y, f(upper) < y
+    for _ in range(doublings):
+        if not bool((low | high).any()):
+            break
+        half = torch.where(low | high, 2 * half, half)
+        lower, upper = torch.where(low, centre - half, lower), torch.where(high, centre + half, upper)
+        low, high = f(lower) > y, f(upper) < y
+    outside = low | high | y.isnan()
+    return lower.masked_fill(outside, torch.nan), upper.masked_fill(outside, torch.nan)
+
+
+def chandrupatla(f: Function, y: Tensor, lower: Tensor, upper: Tensor, iterations: int = 60) -> Tensor:
+    """Root of an increasing elementwise ``f(x) = y`` inside brackets, by Chandrupatla's method, all elements at once.
+
+    Inverse quadratic interpolation where it is safe and bisection elsewhere; on mixture distribution functions about
+    16 evaluations reach machine precision where bisection needs about 46. Stops when every bracket has shrunk to
+    rounding error.
+
+    Arguments:
+        f: an increasing elementwise function.
+        y: targets, any shape.
+        lower, upper: brackets with ``f(lower) <= y <= f(upper)``, shape of ``y``; NaN brackets give NaN.
+        iterations: upper limit on the evaluations.
+
+    Returns:
+        The roots, shape of ``y``, without gradient.
+
+    Reference:
+        T. R. Chandrupatla, A new hybrid quadratic/bisection algorithm for finding the zero of a nonlinear function
+        without using derivatives, Advances in Engineering Software 28 (1997) 145-149.
+
+    Example:
+        >>> y = torch.tensor([-2.0, 0.0, 5.0], dtype=torch.float64)
+        >>> x = chandrupatla(torch.sinh, y, torch.full_like(y, -9.0), torch.full_like(y, 9.0))
+        >>> torch.allclose(x, torch.asinh(y), rtol=0, atol=1e-12)
+        True
+    """
+    with torch.no_grad():
+        a, b = upper, lower
+        fa, fb = f(a) - y, f(b) - y
+        c, fc, t = a, fa, torch.full_like(y, 0.5)
+        eps = torch.finfo(y.dtype).eps
+        for _ in range(iterations):
+            x = a + t * (b - a)
+            fx = f(x) - y
+            same = torch.sign(fx) == torch.sign(fa)
+            c, fc = torch.where(same, a, b), torch.where(same, fa, fb)
+            b, fb = torch.where(same, b, a), torch.where(same, fb, fa)
+            a, fa = x, fx
+            best = torch.where(fa.abs() < fb.abs(), a, b)
+            width = (b - a).abs()
+            tolerance = 2 * eps * best.abs() + eps * eps
+            done = (tolerance > 0.5 * width) | (fa == 0) | (fb == 0) | width.isnan()
+            if bool(done.all()):
+                break
+            t = _next_fraction(a, b, c, fa, fb, fc).clamp(0, 1)
+            edge = (tolerance / width.clamp_min(eps * eps)).clamp(max=0.5)
+            t = torch.minimum(torch.maximum(t, edge), 1 - edge)
+        return torch.where(fa.abs() < fb.abs(), a, b)
+
+
+def _next_fraction(a: Tensor, b: Tensor, c: Tensor, fa: Tensor, fb: Tensor, fc: Tensor) -> Tensor:
+    """Fraction of the way from ``a`` to ``b`` of the next trial: inverse quadratic where it is safe, else one half."""
+    xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
+    safe = (phi.square() < xi) & ((1 - phi).square() < 1 - xi)
+    quadratic = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+    return torch.where(safe & quadratic.isfinite(), quadratic, 0.5)
+
+
+def implicit_gradient(f: Function, x: Tensor, y: Tensor) -> Tensor:
+    r"""Attach to a root ``x`` of ``f(x) = y`` its gradient with respect to ``y`` and to whatever ``f`` depends on.
+
+    Arguments:
+        f: elementwise, differentiable, increasing.
+        x: roots without gradient.
+        y: targets, shape of ``x``.
+
+    Returns:
+        ``x`` unchanged in value.
+
+    Example:
+        >>> y = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+        >>> x = implicit_gradient(torch.sinh, torch.asinh(y.detach()), y)
+        >>> torch.allclose(torch.autograd.grad(x, y)[0], (1 + y**2) ** -0.5)
+        True
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(f(leaf).sum(), leaf)
+    step = (y - f(x.detach())) / slope
+    return x.detach() + (step - step.detach())
+
+
+def invert_monotone(f: Function, y: Tensor, bound: float) -> Tensor:
+    """Solve ``f(x) = y`` for an increasing elementwise ``f``, with implicit gradients.
+
+    Arguments:
+        f: an increasing elementwise function, evaluated everywhere it may need to be.
+        y: targets, any shape.
+        bound: the first bracket is ``[-bound, bound]``; it is widened where it does not hold the root.
+
+    Returns:
+        The roots, shape of ``y``; NaN where ``y`` is not in the range of ``f``.
+
+    Example:
+        >>> invert_monotone(torch.sinh, torch.tensor([1.0, 5e3]), bound=2.0)
+        tensor([0.8814, 9.2103])
+    """
+    with torch.no_grad():
+        target = y.detach()
+        limit = torch.full_like(target, bound)
+        lower, upper = bracket_root(f, target, -limit, limit)
+        root = chandrupatla(f, target, lower, upper)
+    return implicit_gradient(f, root, y) if torch.is_grad_enabled() else root
