@@ -5,9 +5,12 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 ``Predictive``. See the README for a tour and ``docs/design.md`` for the ideas.
 """
 
-from . import transform
+from . import infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
 from .transform import Flow
 
-__all__ = ["Cost", "Density", "Flow", "GenerativeDistribution", "GenerativeModel", "transform"]
+# Upstairs knows only the contract; the front door tells it which flow to take where the user has no opinion.
+infer.AutoFlow.default_flow = staticmethod(transform.guide_flow)
+
+__all__ = ["Cost", "Density", "Flow", "GenerativeDistribution", "GenerativeModel", "infer", "transform"]
 __version__ = "0.1.0"

@@ -153,6 +153,13 @@ class GenerativeDistribution(TorchDistribution):
         x, _ = self.model.coordinates.push(self.model.push_rows(rows, c))
         return x.reshape(lead + self.event_shape)
 
+    def push_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Carry noise to values and give their log density, computed together where that is cheaper."""
+        lead, rows, c = self._rows(z, self.model.noise_shape)
+        y, log_prob = self.model.push_and_log_prob_rows(rows, c)
+        x, volume = self.model.coordinates.push(y)
+        return x.reshape(lead + self.event_shape), self._values(log_prob - volume, lead)
+
     def pull(self, x: Tensor) -> Tensor:
         """Carry values back to the noise they came from; the inverse of :meth:`push`."""
         if self._validate_args:

@@ -141,6 +141,10 @@ class Mechanism(nn.Module, ABC):
         """The direction not to be run in a loop, see :attr:`Cost.slow_direction`."""
         return self.cost.slow_direction
 
+    def start_at_identity(self) -> bool:
+        """Reset the parameters so that :meth:`push_rows` is the identity map, if the mechanism can; say whether."""
+        return False
+
     # -- row functions ----------------- ---------------------------------------------------------------------------
 
     def base_distribution(self) -> TorchDistribution:

@@ -1,5 +1,6 @@
-"""Room 1 of the mechanisms that transform noise into data: diffeomorphisms with an exact density."""
+"""The room of transforms: diffeomorphisms of noise with an exact density."""
 
+from .defaults import guide_flow
 from .flow import Flow
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "guide_flow"]

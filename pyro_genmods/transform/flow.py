@@ -32,6 +32,7 @@ from torch.distributions import Transform, biject_to, constraints
 from ..contract import Cost, Density, GenerativeModel
 from ..coordinates import circular
 from ..foundation.errors import DensityError, InverseError, ShapeError
+from ..foundation.networks import zero_output_layer
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ._zuko import zuko
 from .inverse import invert, needs_root_finding
@@ -157,6 +158,21 @@ class Flow(GenerativeModel):
             if isinstance(module, _OWN_TRAINING_SWITCH):
                 module.training = True
         return self
+
+    def start_at_identity(self) -> bool:
+        """Zero what the conditioner networks put out; affine, spline and Bernstein layers are then the identity map."""
+        for module in self.flow.modules():
+            if hasattr(module, "hyper"):
+                zero_output_layer(module.hyper)
+            elif isinstance(module, zuko.flows.gaussianization.ElementWiseTransform):
+                with torch.no_grad():
+                    for parameter in module.phi:
+                        parameter.zero_()
+        if self.is_mixture or self.context_shape:
+            return False
+        with torch.no_grad():
+            z = self._noise(16)
+            return bool(torch.allclose(self.push_rows(z, None), z, atol=1e-3))
 
     # -- row functions -------------------------------------------------------------------------------------------
 
