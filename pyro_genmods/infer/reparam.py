@@ -47,7 +47,7 @@ class PushforwardReparam(Reparam):
         DensityError: the site is observed and the pushforward has no density or no inverse.
 
     Example:
-        >>> import pyro, pyro.distributions as dist, zuko, pyro_genmods as gm
+        >>> import pyro, pyro.distributions as dist, torch, zuko, pyro_genmods as gm
         >>> from pyro import poutine
         >>> prior = gm.Flow(zuko.flows.NICE(2))
         >>> def model(y):

@@ -50,19 +50,24 @@ def _context_width(module: nn.Module, features: int) -> int:
     return 0
 
 
-def passes(transform: nn.Module) -> tuple[int | None, int | None]:
+def passes(transform: nn.Module, with_volume: bool = False) -> tuple[int | None, int | None]:
     """Sequential conditioner calls of a lazy transform and of its inverse; ``None`` where an ODE solver decides.
+
+    Arguments:
+        transform: a zuko lazy transform.
+        with_volume: count value and log-volume together; lazy inverses of zuko's take one more call a layer for it.
 
     Example:
         >>> passes(zuko.flows.MAF(6, transforms=2).transform), passes(zuko.flows.NICE(6, transforms=2).transform)
         ((2, 12), (2, 2))
     """
     if isinstance(transform, zuko.lazy.LazyComposedTransform):
-        parts = [passes(part) for part in transform.transforms]
+        parts = [passes(part, with_volume) for part in transform.transforms]
         return _total([there for there, _ in parts]), _total([back for _, back in parts])
     if isinstance(transform, zuko.lazy.LazyInverse):
         there, back = passes(transform.transform)
-        return back, there
+        extra = _layers(transform.transform) if with_volume else 0
+        return None if back is None else back + extra, there
     if isinstance(transform, _AUTOREGRESSIVE):
         return 1, transform.passes
     if isinstance(transform, _COUPLING):
@@ -73,6 +78,10 @@ def passes(transform: nn.Module) -> tuple[int | None, int | None]:
     if isinstance(transform, zuko.lazy.UnconditionalTransform):
         return 0, 0
     return None, None
+
+
+def _layers(transform: nn.Module) -> int:
+    return sum(isinstance(module, _AUTOREGRESSIVE | _COUPLING) for module in transform.modules())
 
 
 def _total(calls: list[int | None]) -> int | None:
