@@ -5,12 +5,13 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 ``Predictive``. See the README for a tour and ``docs/design.md`` for the ideas.
 """
 
-from . import infer, transform
+from . import diagnostics, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
+from .training import TrainingHistory, fit
 from .transform import Flow
 
 # Upstairs knows only the contract; the front door tells it which flow to take where the user has no opinion.
 infer.AutoFlow.default_flow = staticmethod(transform.guide_flow)
 
-__all__ = ["Cost", "Density", "Flow", "GenerativeDistribution", "GenerativeModel", "infer", "transform"]
+__all__ = ["Cost", "Density", "Flow", "GenerativeDistribution", "GenerativeModel", "TrainingHistory", "diagnostics", "fit", "infer", "transform"]
 __version__ = "0.1.0"

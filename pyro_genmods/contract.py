@@ -16,7 +16,7 @@ contexts, errors) is done here, once.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from .foundation.objectives import negative_log_likelihood
 from .mechanism import Cost, Density, Mechanism
 
 __all__ = ["Cost", "Density", "GenerativeDistribution", "GenerativeModel", "Mechanism"]
+
+Model = TypeVar("Model", bound="GenerativeModel")
 
 
 class GenerativeModel(Mechanism):
@@ -74,6 +76,6 @@ class GenerativeModel(Mechanism):
         if self.context_standardization is not None and context is not None:
             self.context_standardization.fit_(context.reshape(len(context), -1))
 
-    def freeze(self) -> Self:
+    def freeze(self: Model) -> Model:
         """Stop learning: ``requires_grad_(False)`` and ``eval()``; a frozen prior stays what it is under SVI."""
         return self.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ import math
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from .foundation.errors import DataError, ShapeError, SupportError
 from .foundation.shapes import Rows, Values
@@ -38,6 +38,7 @@ circular = Circular()
 
 
 @biject_to.register(Circular)
+@transform_to.register(Circular)
 def _circular_to_interval(constraint: Circular) -> Transform:
     return biject_to(constraints.interval(constraint.lower_bound, constraint.upper_bound))
 
@@ -161,25 +162,29 @@ class Coordinates(nn.Module):
                 "torch.distributions.biject_to knows, or transform the data to one first."
             ) from error
 
-    def pull(self, x: Tensor) -> tuple[Rows, Values | float]:
+    def pull(self, x: Tensor) -> tuple[Rows, Values]:
         """Events ``(rows, *event_shape)`` to rows ``(rows, features)``, and ``log |dy/dx|``.
 
-        An event outside the support gets the row of an arbitrary inner point and log-volume ``-inf``.
+        An event outside the support, infinity included, gets the row of an arbitrary inner point and log-volume
+        ``-inf``; an event with NaN gets log-volume NaN. No network ever sees either.
         """
-        if self.identity:
-            u = x.reshape(x.shape[0], self.features)
-            return self.standardization(u), -self.standardization.log_scale()
-        inside = self.support.check(x)
+        size = x.detach().reshape(x.shape[0], -1).abs().amax(-1)
+        inside = size < math.inf  # False for NaN
+        if self.native or not self.identity:
+            inside = inside & self.support.check(x)
         shaped = inside.reshape(inside.shape + (1,) * len(self.event_shape))
-        bijection = self._bijection()
-        inner = bijection(x.new_zeros(self.unconstrained_shape))
-        x = torch.where(shaped, x, inner)
-        u = bijection.inv(x)
-        volume = bijection.log_abs_det_jacobian(u, x).reshape(x.shape[0], -1).sum(-1) + self.standardization.log_scale()
+        if self.identity:
+            u, volume = torch.where(shaped, x, 0), self.standardization.log_scale()
+        else:
+            bijection = self._bijection()
+            x = torch.where(shaped, x, bijection(x.new_zeros(self.unconstrained_shape)))
+            u = bijection.inv(x)
+            volume = bijection.log_abs_det_jacobian(u, x).reshape(x.shape[0], -1).sum(-1)
+            volume = volume + self.standardization.log_scale()
         y = self.standardization(u.reshape(x.shape[0], self.features))
-        return y, (-volume).masked_fill(~inside, -math.inf)
+        return y, torch.where(inside, -volume, -size - math.inf)
 
-    def push(self, y: Rows) -> tuple[Tensor, Values | float]:
+    def push(self, y: Rows) -> tuple[Tensor, Tensor | float]:
         """Rows ``(rows, features)`` to events ``(rows, *event_shape)``, and ``log |dx/dy|``."""
         u = self.standardization.inverse(y).reshape(y.shape[:1] + self.unconstrained_shape)
         volume = self.standardization.log_scale()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
@@ -80,7 +81,7 @@ class GenerativeDistribution(TorchDistribution):
         return self.model.support
 
     @property
-    def base(self) -> TorchDistribution:
+    def base(self) -> TorchDistributionMixin:
         """Law of the noise that :meth:`push` carries to this law, with this batch shape."""
         return self.model.base_distribution().expand(self.batch_shape)
 
@@ -95,6 +96,8 @@ class GenerativeDistribution(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Distribution | None = None) -> GenerativeDistribution:
         """A new distribution over ``batch_shape`` copies; the context is expanded, the model is shared."""
         batch_shape = Size(batch_shape)
+        if _broadcast("batch_shape", self.batch_shape, batch_shape) != batch_shape:
+            raise ShapeError(f"batch_shape: {self} cannot be expanded to {tuple(batch_shape)}.")
         new = type(self).__new__(type(self)) if _instance is None else _instance
         new.__dict__.update(self.__dict__)
         if self.context is not None:
@@ -148,29 +151,36 @@ class GenerativeDistribution(TorchDistribution):
     # -- the transport -------------------------------------------------------------------------------------------
 
     def push(self, z: Tensor) -> Tensor:
-        """Carry noise ``(*lead, *noise_shape)`` to values ``(*lead, *event_shape)``, differentiably."""
-        lead, rows, c = self._rows(z, self.model.noise_shape)
+        """Carry noise ``(*lead, *noise_shape)`` to values ``(*lead, *event_shape)``, differentiably.
+
+        Where there is no value to go to (NaN or infinite noise, or no preimage under a saturating flow) it is NaN.
+        """
+        lead, rows, c, lost = self._noise_rows(z)
         x, _ = self.model.coordinates.push(self.model.push_rows(rows, c))
-        return x.reshape(lead + self.event_shape)
+        return x.flatten(1).masked_fill(lost[:, None], torch.nan).reshape(lead + self.event_shape)
 
     def push_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Carry noise to values and give their log density, computed together where that is cheaper."""
-        lead, rows, c = self._rows(z, self.model.noise_shape)
+        lead, rows, c, lost = self._noise_rows(z)
         y, log_prob = self.model.push_and_log_prob_rows(rows, c)
         x, volume = self.model.coordinates.push(y)
-        return x.reshape(lead + self.event_shape), self._values(log_prob - volume, lead)
+        x = x.flatten(1).masked_fill(lost[:, None], torch.nan).reshape(lead + self.event_shape)
+        return x, self._values((log_prob - volume).masked_fill(lost, torch.nan), lead)
 
     def pull(self, x: Tensor) -> Tensor:
-        """Carry values back to the noise they came from; the inverse of :meth:`push`."""
+        """Carry values back to the noise they came from, NaN outside the support; the inverse of :meth:`push`."""
         if self._validate_args:
             self._validate_sample(x)
         lead, rows, c = self._rows(x, self.event_shape)
-        y, _ = self.model.coordinates.pull(rows)
-        return self.model.pull_rows(y, c).reshape(lead + self.model.noise_shape)
+        y, volume = self.model.coordinates.pull(rows)
+        z = self.model.pull_rows(y, c).flatten(1)
+        return torch.where(volume.isfinite()[:, None], z, torch.nan).reshape(lead + self.model.noise_shape)
 
     def score(self, x: Tensor) -> Tensor:
-        r"""Gradient of the log density, :math:`\nabla_x \log p(x)`, shape of ``x``."""
+        r"""Gradient :math:`\nabla_x \log p(x)`, shape ``(*broadcast(lead, batch_shape), *event_shape)``."""
         create_graph = torch.is_grad_enabled()
+        lead, _, _ = self._rows(x, self.event_shape)
+        x = x.expand(_broadcast("value", lead, self.batch_shape) + self.event_shape)
         with torch.enable_grad():
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.log_prob(leaf).sum(), leaf, create_graph=create_graph)
@@ -189,8 +199,14 @@ class GenerativeDistribution(TorchDistribution):
         lead = value.shape[:split]
         if self.context is None:
             return lead, value.reshape((lead.numel(), *event_shape)), None
-        lead = torch.broadcast_shapes(lead, self.batch_shape)
+        lead = _broadcast("value", lead, self.batch_shape)
         return lead, value.expand(lead + event_shape).reshape((lead.numel(), *event_shape)), self._context_rows(lead)
+
+    def _noise_rows(self, z: Tensor) -> tuple[Size, Tensor, Tensor | None, Tensor]:
+        """Rows of noise with zeros in place of rows that are not finite, which a network may never return from."""
+        lead, rows, c = self._rows(z, self.model.noise_shape)
+        lost = ~rows.detach().flatten(1).isfinite().all(-1)
+        return lead, rows.masked_fill(lost.reshape(lost.shape + (1,) * len(self.model.noise_shape)), 0), c, lost
 
     def _context_rows(self, lead: Size) -> Tensor:
         c = self.context.expand(lead + self.model.context_shape).reshape(lead.numel(), -1)
@@ -198,7 +214,7 @@ class GenerativeDistribution(TorchDistribution):
 
     def _values(self, rows: Tensor, lead: Size) -> Tensor:
         values = rows.reshape(lead)
-        full = lead if not self._batch_shape else torch.broadcast_shapes(lead, self._batch_shape)
+        full = lead if not self._batch_shape else _broadcast("value", lead, self._batch_shape)
         return values if full == lead else values.expand(full)
 
     def _draw_shape(self, sample_shape: Any) -> tuple[Size, Tensor | None]:
@@ -233,6 +249,16 @@ def _check_place(name: str, value: Tensor, model: Mechanism) -> None:
         f"{name}: got {value.dtype} on {value.device}, the model has {dtype} on {device}; cast it with "
         f".to({str(device)!r}, {dtype}), or move the model with .to({str(value.device)!r}, {value.dtype})."
     )
+
+
+def _broadcast(name: str, shape: Size, batch_shape: Size) -> Size:
+    try:
+        return torch.broadcast_shapes(shape, batch_shape)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"{name}: leading shape {tuple(shape)} does not broadcast with {tuple(batch_shape)}; move batch dimensions "
+            "to the right, just before the event, or insert dimensions of size 1."
+        ) from error
 
 
 def _dims(shape: Size) -> str:

@@ -10,10 +10,11 @@ import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from pyro.distributions import Normal, TorchDistribution
+from pyro.distributions import Normal
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
@@ -22,6 +23,8 @@ from .foundation.errors import DensityError, ShapeError
 from .foundation.shapes import Context, Noise, Rows, Values
 
 __all__ = ["Cost", "Density", "Mechanism"]
+
+Built = TypeVar("Built", bound="Mechanism")
 
 
 class Density(enum.Enum):
@@ -83,7 +86,7 @@ class Mechanism(nn.Module, ABC):
     density: ClassVar[Density]
     has_rsample: bool = True
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls: type[Built], *args: Any, **kwargs: Any) -> Built:
         """Remember the constructor's arguments, from which a saved model is rebuilt."""
         self = super().__new__(cls)
         try:
@@ -147,7 +150,7 @@ class Mechanism(nn.Module, ABC):
 
     # -- row functions ----------------- ---------------------------------------------------------------------------
 
-    def base_distribution(self) -> TorchDistribution:
+    def base_distribution(self) -> TorchDistributionMixin:
         """Law of the noise, event shape :attr:`noise_shape`, no batch."""
         dtype, device = self.place
         zero = torch.zeros((), dtype=dtype, device=device)

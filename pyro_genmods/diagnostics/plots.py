@@ -81,5 +81,5 @@ def plot_image_posterior(
                 axis.set_title(columns[column], fontsize=9)
             if column == 3:
                 last_spread = shown_image
-    figure.colorbar(last_spread, ax=grid[:, 3].tolist(), shrink=0.7, pad=0.02)
+    figure.colorbar(last_spread, ax=grid[:, -1].tolist(), shrink=0.7, label="posterior sd")
     return figure

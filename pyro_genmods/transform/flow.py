@@ -22,10 +22,12 @@ References:
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
-from pyro.distributions import Normal, TorchDistribution, Uniform
+from pyro.distributions import Normal, Uniform
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
@@ -34,7 +36,7 @@ from ..coordinates import circular
 from ..foundation.errors import DensityError, InverseError, ShapeError
 from ..foundation.networks import place_of, zero_output_layer
 from ..foundation.shapes import Context, Noise, Rows, Values
-from ._zuko import zuko
+from ._zuko import break_ode_cycles, zuko
 from .inverse import invert, invert_with_volume, needs_root_finding
 from .structure import context_features_of, features_of, passes
 
@@ -128,6 +130,7 @@ class Flow(GenerativeModel):
                     "flow: CNF(exact=False) draws fresh noise at every call, so that log_prob of one point changes by "
                     "nats from call to call and no sampler can use it; build it with exact=True."
                 )
+        self.odes = sum(isinstance(m, zuko.flows.continuous.FFJTransform) for m in self.flow.modules())
         with torch.no_grad():
             dtype, device = self.place
             row = torch.zeros(1, self.features, dtype=dtype, device=device)
@@ -151,6 +154,8 @@ class Flow(GenerativeModel):
         there, back = passes(self.flow.transform)
         if self.direction == "density":
             return Cost(sample=back, score=passes(self.flow.transform, with_volume=True)[0])
+        if self.root_finding:  # the volume is evaluated at the solution, one more call a layer
+            back = passes(self.flow.transform.inv, with_volume=True)[0]
         return Cost(sample=there, score=back)
 
     @property
@@ -160,7 +165,7 @@ class Flow(GenerativeModel):
             return "sample" if self.direction == "density" else "score"
         return self.cost.slow_direction
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Flow:
         """Set the mode; unlike zuko's own ``eval()``, never drop the gradients of NAF, UNAF and CNF parameters."""
         super().train(mode)
         for module in self.modules():
@@ -185,7 +190,7 @@ class Flow(GenerativeModel):
 
     # -- row functions -------------------------------------------------------------------------------------------
 
-    def base_distribution(self) -> TorchDistribution:
+    def base_distribution(self) -> TorchDistributionMixin:
         """The flow's base: standard normal, or uniform on the circle."""
         if self.is_mixture:
             return super().base_distribution()
@@ -203,15 +208,15 @@ class Flow(GenerativeModel):
 
     def push_rows(self, z: Noise, c: Context | None) -> Rows:
         transform = self._transform(c)
-        if self.direction == "sampling":
-            return transform(z)
-        return invert(transform, z) if self.root_finding else transform.inv(z)
+        if self.root_finding and self.direction == "density":
+            return invert(transform, z)
+        return break_ode_cycles((transform.inv if self.direction == "density" else transform)(z), self.odes)
 
     def pull_rows(self, y: Rows, c: Context | None) -> Noise:
         transform = self._transform(c)
-        if self.direction == "density":
-            return transform(y)
-        return invert(transform, y) if self.root_finding else transform.inv(y)
+        if self.root_finding and self.direction == "sampling":
+            return invert(transform, y)
+        return break_ode_cycles((transform if self.direction == "density" else transform.inv)(y), self.odes)
 
     def push_and_log_prob_rows(self, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         transform = self._transform(c)
@@ -222,6 +227,7 @@ class Flow(GenerativeModel):
             return y, self.log_prob_rows(y, c)
         else:
             y, volume = invert_with_volume(transform, z)
+        y = break_ode_cycles(y, self.odes)
         return y, self._base_log_prob(z) - volume
 
     def sample_rows(self, rows: int, c: Context | None) -> Rows:
@@ -246,10 +252,10 @@ class Flow(GenerativeModel):
     def _pull_with_volume(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Noise of rows and ``log |dz/dy|``; rows without a preimage get log-volume ``-inf``."""
         transform = self._transform(c)
-        if self.direction == "density":
-            return transform.call_and_ladj(y)
-        if not self.root_finding:
-            return invert_with_volume(transform, y)
+        if self.direction == "density" or not self.root_finding:
+            solve = transform.call_and_ladj if self.direction == "density" else partial(invert_with_volume, transform)
+            z, volume = solve(y)
+            return break_ode_cycles(z, self.odes), volume
         z = invert(transform, y)
         missing = z.isnan().any(-1) & y.isfinite().all(-1)
         z = torch.where(missing[:, None], 0.0, z)

@@ -1,0 +1,1 @@
+"""The tests are a package, so that ``tests.statistics`` is never taken for the standard library's ``statistics``."""

@@ -1,0 +1,116 @@
+r"""Affine flows, whose law is a known Gaussian, and the closed forms of what they are the prior of.
+
+A zuko flow of affine layers without hidden units, whose log-scales do not depend on their inputs, is an affine map; so
+:math:`x \sim \mathcal N(m, S)`, and with a measurement :math:`y = x + s\,\varepsilon`
+
+.. math:: x \mid y \sim \mathcal N\bigl(P (S^{-1} m + y / s^2), P\bigr), \quad P = (S^{-1} + I / s^2)^{-1}, \qquad
+          y \sim \mathcal N(m, S + s^2 I) .
+
+The moments are read off zuko's own transform, not off the wrapper that is under test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import pyro_genmods as gm
+
+import zuko  # isort: skip  (the package puts right what importing zuko changes)
+
+DOUBLE = torch.float64
+KINDS = {"maf": zuko.flows.MAF, "nice": zuko.flows.NICE}
+
+
+def affine_flow(
+    kind: str = "maf",
+    features: int = 2,
+    context: int = 0,
+    direction: str = "density",
+    standardized: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> gm.Flow:
+    """A flow that is an affine map of noise and context, with parameters of order one, the same at every call."""
+    generator = torch.Generator().manual_seed(7 + features + 10 * context)
+    network = KINDS[kind](features, context=context, transforms=1 if kind == "maf" else 2, hidden_features=())
+    with torch.no_grad():
+        for module in network.modules():
+            layer = next(iter(module.hyper), None) if hasattr(module, "hyper") else None
+            if layer is not None:
+                layer.weight.copy_(0.7 * torch.randn(layer.weight.shape, generator=generator))
+                layer.weight[1::2] = 0  # the log-scales, every second output, are constants
+                layer.bias.copy_(0.4 * torch.randn(layer.bias.shape, generator=generator))
+    flow = gm.Flow(network, direction=direction).to(dtype)
+    if standardized:
+        rows = torch.randn(50, features, generator=generator).to(dtype)
+        scale = 0.5 + torch.arange(features, dtype=dtype)
+        flow.standardize(3 + scale * rows, None if not context else rows[:, :context])
+    return flow.freeze()
+
+
+def moments(flow: gm.Flow, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of an affine flow's law in double precision, by zuko's transform and plain algebra."""
+    if flow.context_standardization is not None and context is not None:
+        context = (context - flow.context_standardization.shift) / flow.context_standardization.scale
+    with torch.no_grad():
+        transform = flow.flow.transform(context)
+        dtype = flow.place[0]
+        shift = transform(torch.zeros(flow.features, dtype=dtype)).to(DOUBLE)
+        matrix = torch.stack([transform(row).to(DOUBLE) - shift for row in torch.eye(flow.features, dtype=dtype)], -1)
+        if flow.direction == "density":
+            matrix = matrix.inverse()
+            shift = -matrix @ shift
+        units = flow.coordinates.standardization
+        mean = units.shift.to(DOUBLE) + units.scale.to(DOUBLE) * shift
+        matrix = units.scale.to(DOUBLE)[:, None] * matrix
+    return mean, matrix @ matrix.mT
+
+
+@dataclass
+class LinearGaussian:
+    """The model ``x ~ flow``, ``y ~ N(x, noise)`` and what follows from it, in double precision.
+
+    Attributes:
+        prior: an unconditional affine flow.
+        noise: standard deviation of the measurement.
+    """
+
+    prior: gm.Flow = field(default_factory=affine_flow)
+    noise: float = 0.7
+
+    def __post_init__(self) -> None:
+        self.mean, self.covariance = moments(self.prior)
+        self.features = self.prior.features
+
+    def model(self, y: Tensor | None = None) -> Tensor:
+        """The Pyro program; ``y`` is ``(features,)`` or ``None``."""
+        x = pyro.sample("x", self.prior())
+        pyro.sample("y", dist.Normal(x, self.noise).to_event(1), obs=y)
+        return x
+
+    def plated(self, y: Tensor) -> None:
+        """Independent copies of the program side by side; ``y`` is ``(copies, features)``."""
+        with pyro.plate("copies", len(y)):
+            self.model(y)
+
+    def data(self, *batch: int) -> Tensor:
+        """Made-up measurements ``(*batch, features)`` from the marginal law of ``y``, the same at every call."""
+        generator = torch.Generator().manual_seed(11)
+        white = torch.randn(*batch, self.features, generator=generator, dtype=DOUBLE)
+        return (self.mean + white @ torch.linalg.cholesky(self.marginal.covariance_matrix).mT).to(self.prior.place[0])
+
+    @property
+    def marginal(self) -> dist.MultivariateNormal:
+        """Law of ``y``."""
+        return dist.MultivariateNormal(self.mean, self.covariance + self.noise**2 * torch.eye(self.features).to(DOUBLE))
+
+    def posterior(self, y: Tensor) -> dist.MultivariateNormal:
+        """Law of ``x`` given ``y``, batched as ``y`` is."""
+        precision = self.covariance.inverse()
+        covariance = (precision + torch.eye(self.features, dtype=DOUBLE) / self.noise**2).inverse()
+        mean = (precision @ self.mean + y.to(DOUBLE) / self.noise**2) @ covariance
+        return dist.MultivariateNormal(mean, covariance)

@@ -1,0 +1,602 @@
+"""The battery: every law that a Pyro distribution and an honest density must obey, for every row of ``laws.py``."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch import Size, Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import identity_transform
+
+import pyro_genmods as gm
+from pyro_genmods.coordinates import circular
+from pyro_genmods.foundation.errors import DensityError
+
+from .laws import LAWS, Law, rows, shared, zuko
+from .statistics import assert_counts, assert_mean, assert_uniform
+
+EXACT = gm.Density.EXACT
+DOUBLE = torch.float64
+
+
+def every_subclass(cls: type) -> set[type]:
+    """All concrete descendants of a class."""
+    found = {sub for child in cls.__subclasses__() for sub in every_subclass(child) | {child}}
+    return {sub for sub in found if not inspect.isabstract(sub)}
+
+
+def unconstrain(law: Law, d: gm.GenerativeDistribution) -> torch.distributions.Transform:
+    """The bijection onto the support from where quadrature and differentiation are done; circles are flat already."""
+    return identity_transform if law.support is circular else biject_to(d.support)
+
+
+def log_density(law: Law, d: gm.GenerativeDistribution, u: Tensor) -> Tensor:
+    """Log density in unconstrained coordinates ``u``, by torch's own bijection and its Jacobian."""
+    bijection = unconstrain(law, d)
+    x = bijection(u)
+    volume = bijection.log_abs_det_jacobian(u, x).reshape(*u.shape[: u.dim() - len(d.event_shape)], -1).sum(-1)
+    return d.log_prob(x) + volume
+
+
+def close(law: Law, a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
+    """Equality of log densities to the row's tolerance, relative to their size."""
+    return bool(((a - b).abs() <= (tolerance or law.tolerance) * (1 + b.abs())).all())
+
+
+# -- completeness -----------------------------------------------------------------------------------------------------
+
+
+def test_every_mechanism_is_in_the_table():
+    ours = {cls for cls in every_subclass(gm.GenerativeModel) if cls.__module__.startswith("pyro_genmods.")}
+    assert ours == {type(shared(law)) for law in LAWS}
+
+
+def test_every_zuko_flow_is_in_the_table():
+    public = {c for c in vars(zuko.flows).values() if inspect.isclass(c) and issubclass(c, zuko.lazy.LazyDistribution)}
+    bases = {zuko.lazy.LazyDistribution, zuko.lazy.Flow, zuko.lazy.UnconditionalDistribution}
+    flows = {cls for cls in public if not inspect.isabstract(cls)} - bases
+    assert flows == {type(shared(law).flow) for law in LAWS if isinstance(shared(law), gm.Flow)}
+
+
+@rows()
+def test_a_row_keeps_its_promises(law):
+    model, d = shared(law), law.distribution()
+    assert model.density is d.density is law.density
+    assert tuple(model.event_shape) == law.event_shape
+    assert tuple(model.context_shape) == ((law.context,) if law.context else ())
+    assert law.id in {row.id for row in LAWS}
+    assert getattr(model, "direction", law.direction) == law.direction
+    if law.transport:
+        assert d.base.event_shape == model.noise_shape
+    else:
+        with pytest.raises(DensityError, match="sample"):
+            d.push(torch.zeros(model.noise_shape))
+        with pytest.raises(DensityError):
+            d.pull(d.sample())
+    with pytest.raises(DensityError, match="sequential"):
+        d.steps(3)
+
+
+# -- the Pyro contract ------------------------------------------------------------------------------------------------
+
+
+@rows()
+def test_shapes(law):
+    event = Size(law.event_shape)
+    for batch in ((), (4,), (2, 3)):
+        d = law.distribution(*batch)
+        assert d.batch_shape == Size(batch) and d.event_shape == event
+        for sample_shape in (Size(), (5,), [5], Size([1, 2])):
+            x = d.sample(sample_shape=sample_shape)
+            assert x.shape == Size(sample_shape) + Size(batch) + event
+            assert d.log_prob(x).shape == Size(sample_shape) + Size(batch)
+        assert d().shape == Size(batch) + event
+    assert d.shape(Size([7])) == Size((7, 2, 3)) + event
+
+
+@rows()
+def test_support(law):
+    d = law.distribution(3)
+    assert d.support.event_dim == len(law.event_shape)
+    x = d.sample((200,))
+    assert d.support.check(x).all() and d.support.check(x).shape == (200, 3)
+    to_support = biject_to(d.support)
+    assert d.support.check(to_support(torch.randn(to_support.inverse_shape(x.shape)))).all()
+    assert torch.allclose(to_support(to_support.inv(x)), x, rtol=1e-3, atol=1e-3)
+
+
+@rows()
+def test_expand(law):
+    d = law.distribution(3)
+    x, before = d.sample(), repr(d)
+    for shape in ([2, 3], Size([2, 3]), (2, 3)):
+        wide = d.expand(shape)
+        assert wide is not d and type(wide) is type(d) and wide.batch_shape == Size([2, 3])
+        assert close(law, wide.log_prob(x), d.log_prob(x).expand(2, 3))
+    wider = d.expand([2, 3]).expand([4, 2, 3]).expand([4, 2, 3])
+    draws = wider.sample()
+    assert draws.shape == (4, 2, 3, *law.event_shape)
+    assert len(draws.reshape(24, -1).unique(dim=0)) == 24, "copies share their draws"
+    assert repr(d) == before and d.batch_shape == (3,) and d.sample().shape == (3, *law.event_shape)
+    assert wider.support.event_dim == d.support.event_dim and wider.has_rsample == d.has_rsample
+
+
+@rows()
+def test_context_broadcasts(law):
+    if not law.context:
+        return
+    model, context = shared(law), law.contexts(2, 3)
+    d, x = model(context), model(context).sample()
+    for i in range(2):
+        for j in range(3):
+            assert close(law, d.log_prob(x)[i, j], model(context[i, j]).log_prob(x[i, j]))
+    table = model(context).log_prob(x[0, 0])
+    assert len(table.flatten().unique()) == 6, "the context changes nothing"
+    column = model(context[:, :1]).expand([2, 3])
+    assert close(law, column.log_prob(x), model(context[:, :1].expand(2, 3, -1)).log_prob(x))
+
+
+@rows()
+def test_any_leading_dimensions_equal_a_loop(law):
+    model, context, batch = shared(law), law.contexts(2, 3), Size([2, 3])
+    d = model(context) if law.context else model().expand(batch)
+    for lead in ((2, 3), (3,), (), (2, 1), (2, 2, 3))[: 3 if law.costly else 5]:
+        x = law.distribution(*lead).sample()
+        full = torch.broadcast_shapes(lead, batch)
+        got = d.log_prob(x)
+        assert got.shape == full
+        many = x.expand(full + Size(law.event_shape)).reshape(-1, *law.event_shape)
+        contexts = None if context is None else context.expand(*full, -1).reshape(-1, law.context)
+        loop = [model(None if contexts is None else contexts[i]).log_prob(v) for i, v in enumerate(many)]
+        assert close(law, got.flatten(), torch.stack(loop))
+
+
+@rows()
+def test_to_event_and_mask(law):
+    d = law.distribution(2, 3)
+    x = d.sample()
+    joint = d.to_event(1)
+    assert joint.batch_shape == (2,) and joint.event_shape == Size((3, *law.event_shape))
+    assert joint.support.event_dim == len(law.event_shape) + 1
+    assert torch.equal(joint.log_prob(x), d.log_prob(x).sum(-1))
+    assert joint.expand([4, 2]).sample().shape == (4, 2, 3, *law.event_shape)
+    keep = torch.tensor([True, False, True])
+    masked = d.mask(keep)
+    assert torch.equal(masked.log_prob(x), torch.where(keep, d.log_prob(x), 0.0))
+    assert d.mask(False).log_prob(x).abs().sum() == 0
+    assert masked.expand([4, 2, 3]).sample().shape == (4, 2, 3, *law.event_shape)
+    assert masked.support.event_dim == d.support.event_dim
+
+
+@rows()
+def test_plates(law):
+    d = law.distribution()
+
+    def program():
+        with pyro.plate("columns", 3, dim=-1):
+            pyro.sample("one", d)
+            with pyro.plate("rows", 2, dim=-2), poutine.mask(mask=torch.tensor([True, False, True])):
+                pyro.sample("nested", d)
+        with pyro.plate("deep", 4, dim=-2), pyro.poutine.scale(scale=2.0):
+            pyro.sample("left", d)
+
+    trace = poutine.trace(program).get_trace()
+    trace.compute_log_prob()
+    for name, batch in (("one", (3,)), ("nested", (2, 3)), ("left", (4, 1))):
+        site = trace.nodes[name]
+        assert site["value"].shape == (*batch, *law.event_shape)
+        assert site["unscaled_log_prob"].shape == batch
+    site = trace.nodes["nested"]
+    expected = torch.where(torch.tensor([True, False, True]), d.log_prob(site["value"]), 0.0)
+    assert close(law, site["log_prob"], expected)
+    assert close(law, trace.nodes["left"]["log_prob"], 2 * d.log_prob(trace.nodes["left"]["value"]))
+
+
+@rows()
+def test_enumeration_on_the_left(law):
+    """The marginal over an enumerated cause is the hand-made logarithm of a sum."""
+    weights = torch.tensor([0.2, 0.3, 0.5])
+    model, contexts = shared(law), law.contexts(3)
+    table = law.distribution(3).sample()
+    data = law.distribution().sample((2,))
+
+    @pyro.infer.config_enumerate
+    def program():
+        with pyro.plate("data", 2, dim=-1):
+            k = pyro.sample("k", dist.Categorical(weights))
+            if law.context:
+                pyro.sample("x", model(contexts[k]), obs=data)
+            else:
+                pyro.sample("x", model(), obs=table[k])
+
+    loss = pyro.infer.TraceEnum_ELBO(max_plate_nesting=1).loss(program, lambda: None)
+    terms = model(contexts).log_prob(data[:, None]) if law.context else model().log_prob(table).expand(2, 3)
+    truth = (weights.log() + terms).logsumexp(-1).sum()
+    assert close(law, torch.tensor(-loss), truth)
+
+
+@rows()
+def test_gradients_flow_where_they_should(law):
+    d = law.distribution(2)
+    assert not d.sample().requires_grad
+    assert d.log_prob(d.sample()).requires_grad
+    if not d.has_rsample:
+        with pytest.raises(DensityError, match=r"use sample\(\)"):
+            d.rsample()
+        return
+    assert d.rsample().requires_grad and d().requires_grad
+    blocked = d.expand([2]).has_rsample_(False)
+    assert blocked.has_rsample is False and not blocked().requires_grad
+    assert d.has_rsample is True and shared(law).has_rsample is True
+
+
+@rows()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradient_reaches_every_parameter(law, training):
+    model, context = law.make().train(training), law.contexts(16)
+    x = law.distribution(16).sample()
+    losses = {"loss": model.loss(x, context)}
+    assert losses["loss"].shape == (16,)
+    if model.has_rsample:
+        losses["rsample"] = (model(context) if law.context else model().expand([16])).rsample().flatten(1).cos().sum(1)
+    for name, value in losses.items():
+        model.zero_grad()
+        value.mean().backward()
+        for parameter, tensor in model.named_parameters():
+            assert tensor.grad is not None and tensor.grad.isfinite().all(), f"{name}: {parameter} has no gradient"
+            assert tensor.grad.abs().sum() > 0, f"{name}: the gradient of {parameter} is zero"
+
+
+@rows()
+def test_log_prob_is_repeatable(law):
+    d = law.distribution(8)
+    x = d.sample()
+    first = d.log_prob(x)
+    assert torch.equal(first, d.log_prob(x)) and torch.equal(first, d.log_prob(x.clone()))
+    with torch.no_grad():
+        assert torch.equal(first.detach(), d.log_prob(x))
+    edited = x.clone()
+    d.log_prob(edited)
+    edited[0] = x[1]
+    alone = law.distribution(8).log_prob(edited)
+    assert close(law, d.log_prob(edited), alone, 1e-6), "an edit in place went unnoticed"
+    single = torch.stack([d.log_prob(x[i].expand_as(x))[i] for i in range(8)])
+    assert close(law, first, single, law.tolerance if not law.networks else 1e-5), "a row depends on its neighbours"
+
+
+@rows()
+def test_precision_and_place(law, device):
+    x, context = law.distribution(6, dtype=DOUBLE).sample(), law.contexts(6, dtype=DOUBLE)
+    model = law.make(device=device)
+    values = {}
+    for name, cast in {"float": torch.float32, "double": torch.float64, "back": torch.float32}.items():
+        model = getattr(model, "float" if cast is torch.float32 else "double")()
+        c = None if context is None else context.to(device, cast)
+        d = model(c) if law.context else model().expand([6])
+        draws = d.sample((3,))
+        assert draws.dtype is cast and draws.device.type == device.type
+        values[name] = d.log_prob(x.to(device, cast)).cpu()
+        assert values[name].dtype is cast
+    assert torch.equal(values["float"], values["back"])
+    assert close(law, values["float"].double(), values["double"], 10 * law.tolerance)
+    assert law.make(DOUBLE).place == (DOUBLE, torch.device("cpu"))
+
+
+@rows()
+def test_repr_and_copies(law):
+    model, context = law.make(), law.contexts(3)
+    d = model(context) if law.context else model().expand([3])
+    x = d.sample()
+    text = repr(d)
+    assert type(model).__name__ in text and f"event_shape={law.event_shape}" in text and "batch_shape=(3,)" in text
+    assert str(model.support) in text and law.density.name in text
+    assert str(law.event_shape) in repr(model)
+    twin, law_twin = copy.deepcopy(model), copy.deepcopy(d)
+    before = d.log_prob(x).detach()
+    assert torch.equal(law_twin.log_prob(x), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(d.log_prob(x), before)
+    assert not torch.allclose(twin(context).log_prob(x), before)
+    assert set(model.state_dict()) == set(twin.state_dict())
+
+
+@rows()
+def test_memory_does_not_grow(law):
+    """No cache keyed on tensors: after many draws on one object as many tensors are alive as before."""
+    d = law.distribution(2)
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            d.log_prob(d.rsample() if d.has_rsample else d.sample())
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    gc.freeze()  # look only at what is made from here on
+    try:
+        work(2)
+        before = alive()
+        work(10 if law.costly else 30)
+        assert alive() <= before
+    finally:
+        gc.unfreeze()
+    assert not any(isinstance(value, dict) for name, value in vars(d).items() if name != "model")
+
+
+@pytest.mark.slow
+@rows(lambda law: law.id in ("nsf-context", "maf", "naf", "gmm"))
+def test_resident_memory_does_not_grow(law):
+    d = law.distribution(512)
+
+    def resident() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096 / 2**20
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            d.log_prob(d.rsample() if d.has_rsample else d.sample())
+
+    work(30)
+    before = resident()
+    work(300)
+    assert resident() - before < 30, "MiB grown over 300 draws"
+
+
+# -- value, density, transport ----------------------------------------------------------------------------------------
+
+
+@rows(lambda law: law.density is EXACT and shared(law).has_rsample)
+def test_value_and_density_together(law):
+    for batch in ((), (4,)):
+        d = law.distribution(*batch, dtype=DOUBLE)
+        x, log_prob = d.rsample_and_log_prob((25,))
+        assert x.shape == (25, *batch, *law.event_shape) and log_prob.shape == (25, *batch)
+        assert close(law, log_prob, d.log_prob(x), 1e-6 if law.networks else law.tolerance)
+        assert x.requires_grad and log_prob.requires_grad
+
+
+@rows(lambda law: law.transport)
+def test_push_and_pull(law):
+    """``push(pull(x)) = x``, and log_prob is the base's minus the autograd log-determinant of the push."""
+    d = law.distribution(5, dtype=DOUBLE)
+    x = d.sample()
+    z = d.pull(x)
+    tolerance = 1e-6 if law.networks else law.tolerance
+    assert z.shape == Size([5]) + shared(law).noise_shape
+    assert torch.allclose(d.push(z), x, rtol=tolerance, atol=tolerance)
+    z = z.detach().requires_grad_()
+    x, joint = d.push_and_log_prob(z)
+    u = unconstrain(law, d).inv(x)
+    flat = u.reshape(5, -1)
+    jacobian = [torch.autograd.grad(flat[:, i].sum(), z, retain_graph=True)[0] for i in range(flat.shape[1])]
+    log_det = torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
+    expected = d.base.log_prob(z) - log_det
+    assert close(law, log_density(law, d, u), expected, tolerance)
+    assert close(law, joint, d.log_prob(x), tolerance)
+    wide = d.push(z.detach().expand(3, 2, 5, -1))
+    assert wide.shape == (3, 2, 5, *law.event_shape) and torch.allclose(wide[1, 1], x, rtol=tolerance, atol=tolerance)
+
+
+@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+def test_score_equals_finite_differences(law):
+    d = law.distribution(4, dtype=DOUBLE)
+    x = d.sample()
+    score = d.score(x)
+    assert score.shape == x.shape
+    bijection, h = unconstrain(law, d), 3e-2 if not law.networks else 1e-5
+    u = bijection.inv(x)
+    direction = torch.randn_like(u)
+    ahead, behind = bijection(u + h * direction), bijection(u - h * direction)
+    slope = (d.log_prob(ahead) - d.log_prob(behind)) / (2 * h)
+    along = (score * (ahead - behind) / (2 * h)).flatten(1).sum(1)
+    assert close(law, along, slope, 1e-4 if law.networks else 1e-2)
+    with torch.no_grad():
+        assert torch.equal(d.score(x), score) and not d.score(x).requires_grad
+    one = law.distribution(dtype=DOUBLE)
+    assert close(law, one.expand([3]).score(x[0]), one.score(x[0]).expand(3, *law.event_shape), 1e-9)
+
+
+@rows(lambda law: bool(law.networks))
+def test_cost_is_the_number_of_calls(law):
+    model, d = shared(law), law.distribution(4)
+    counted = []
+    modules = [module for name, module in model.named_modules() if name.split(".")[-1] == law.networks]
+    hooks = [module.register_forward_hook(lambda *_: counted.append(1)) for module in modules]
+
+    def calls(action):
+        counted.clear()
+        result = action()
+        return len(counted), result
+
+    checked = model.slow_direction == "sample"  # a solved draw is mapped back once, to check it
+    x = d.sample()
+    for action in (d.sample, *([d.rsample] if model.has_rsample else [])):
+        assert calls(action)[0] == model.cost.sample + (model.cost.score if checked else 0)
+    if law.transport:
+        z = d.base.sample()
+        assert calls(lambda: d.push(z))[0] == model.cost.sample
+    assert calls(lambda: d.log_prob(x))[0] == model.cost.score
+    for hook in hooks:
+        hook.remove()
+
+
+# -- the density is one, and the draws are from it --------------------------------------------------------------------
+
+
+def cells(law: Law, d: gm.GenerativeDistribution, u: Tensor, per_axis: int, inner: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of the cells of a box around draws ``u`` by quadrature, and their counts, one more for outside."""
+    low, high = u.amin(0), u.amax(0)
+    low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
+    if law.support is circular:
+        low, high = torch.full_like(low, -math.pi), torch.full_like(high, math.pi)
+    features, n = u.shape[1], per_axis * inner
+    middle = (torch.arange(n, dtype=DOUBLE) + 0.5) / n
+    grid = low + (high - low) * torch.cartesian_prod(*[middle] * features).reshape(-1, features)
+    with torch.no_grad():
+        parts = [log_density(law, d, part.reshape(-1, *event_of(law, d))).exp() for part in grid.split(20000)]
+    mass = torch.cat(parts) * (high - low).prod() / n**features
+    mass = mass.reshape([per_axis, inner] * features).sum([2 * i + 1 for i in range(features)])
+    index = ((u - low) / (high - low) * per_axis).floor().long()
+    outside = ((index < 0) | (index >= per_axis)).any(-1)
+    code = sum(index[:, i] * per_axis ** (features - 1 - i) for i in range(features))
+    code = torch.where(outside, per_axis**features, code)
+    return mass.flatten(), torch.bincount(code, minlength=per_axis**features + 1)
+
+
+def event_of(law: Law, d: gm.GenerativeDistribution) -> Size:
+    """Event shape in unconstrained coordinates."""
+    return d.event_shape if law.support is circular else biject_to(d.support).inverse_shape(d.event_shape)
+
+
+@rows(lambda law: law.density is EXACT and shared(law).features <= 2, slow=lambda law: law.costly)
+def test_density_integrates_to_one_and_draws_follow_it(law):
+    d = law.distribution(dtype=DOUBLE)
+    u = unconstrain(law, d).inv(d.sample((5000,))).reshape(5000, -1)
+    probabilities, counts = cells(law, d, u, per_axis=16, inner=12 if u.shape[1] > 1 else 256)
+    assert abs(float(probabilities.sum()) - 1) < 2e-3
+    assert_counts(counts, probabilities, law.id)
+
+
+@rows(lambda law: law.density is EXACT and shared(law).features > 2)
+def test_density_integrates_to_one_and_draws_follow_it_above_two_dimensions(law):
+    """Mean of p/q under q, mean of q/p under p, and, where there is noise to pull, its uniformity."""
+    d = law.distribution(dtype=DOUBLE)
+    x = d.sample((5000,))
+    bijection, shape = unconstrain(law, d), event_of(law, d)
+    u = bijection.inv(x).reshape(5000, -1)
+    covariance = torch.cov(u.T)
+    wide = dist.MultivariateStudentT(torch.tensor(4.0, dtype=DOUBLE), u.mean(0), torch.linalg.cholesky(covariance))
+    y = wide.sample((20000,))
+    with torch.no_grad():
+        ratio = (log_density(law, d, y.reshape(-1, *shape)) - wide.log_prob(y)).exp()
+        narrow = dist.MultivariateNormal(u.mean(0), 0.2 * covariance)
+        inverse = (narrow.log_prob(u) - log_density(law, d, u.reshape(-1, *shape))).exp()
+    assert ratio.std() < 10 and inverse.std() < 10, "the proposal is too poor for the test to mean anything"
+    assert_mean(ratio, 1.0, name="mass")
+    assert_mean(inverse, 1.0, name="draws against density")
+    if law.transport:
+        z = d.pull(x).detach()
+        assert_uniform(dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0).cdf(z), law.id)
+
+
+@rows(lambda law: law.transport and law.context > 0, slow=lambda law: law.costly)
+def test_draws_at_many_contexts_pull_back_to_the_base(law):
+    d = law.distribution(2000, dtype=DOUBLE)
+    z = d.pull(d.sample()).detach()
+    lower = -math.pi if law.support is circular else None
+    u = (z - lower) / (2 * math.pi) if lower else dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0).cdf(z)
+    assert_uniform(u, law.id)
+
+
+# -- in Pyro programs -------------------------------------------------------------------------------------------------
+
+
+def program(law: Law, observed: bool = True):
+    """A latent site with a Gaussian measurement of each of its entries."""
+    d, event_dim = law.distribution(), len(law.event_shape)
+    y = law.distribution().sample()
+
+    def model():
+        x = pyro.sample("x", d)
+        return pyro.sample("y", dist.Normal(x, 0.5).to_event(event_dim), obs=y if observed else None)
+
+    return model
+
+
+def assert_draws(law: Law, x: Tensor, *lead: int) -> None:
+    assert x.shape[-len(law.event_shape) :] == law.event_shape and x.numel() == math.prod(lead + law.event_shape)
+    assert x.isfinite().all() and shared(law).support.check(x).all()
+
+
+@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+@pytest.mark.parametrize("particles", [1, 3])
+def test_latent_site_under_svi(law, particles):
+    model = program(law)
+    guide = AutoNormal(model)
+    elbo = pyro.infer.Trace_ELBO(particles, vectorize_particles=particles > 1, max_plate_nesting=0)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    losses = [svi.step() for _ in range(2)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert_draws(law, guide()["x"].detach(), 1)
+    draws = pyro.infer.Predictive(model, guide=guide, num_samples=4)()
+    assert_draws(law, draws["x"], 4)
+
+
+@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+def test_latent_site_under_nuts(law):
+    kernel = pyro.infer.NUTS(program(law), step_size=0.05, adapt_step_size=False, max_tree_depth=1 if law.costly else 2)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=4, warmup_steps=0 if law.costly else 4, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    assert_draws(law, draws["x"], 4)
+    assert len(draws["x"].reshape(4, -1).unique(dim=0)) > 1, "the chain did not move"
+    for parallel in (False, True):
+        predicted = pyro.infer.Predictive(program(law, observed=False), draws, parallel=parallel)()
+        assert predicted["y"].numel() == draws["x"].numel() and predicted["y"].isfinite().all()
+
+
+@rows()
+@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+def test_prior_predictive(law, parallel):
+    draws = pyro.infer.Predictive(program(law, observed=False), num_samples=5, parallel=parallel)()
+    assert_draws(law, draws["x"], 5)
+    assert len(draws["x"].reshape(5, -1).unique(dim=0)) == 5, "the draws are copies"
+
+
+@rows(lambda law: law.density is EXACT)
+def test_as_a_likelihood_and_in_a_guide(law):
+    """Observed, the law trains by ``pyro.module``; in a guide, its draws carry the ELBO's gradient."""
+    trained = law.make()
+    x, context = law.distribution(8).sample(), law.contexts(8)
+
+    def likelihood():
+        pyro.module("trained", trained)
+        with pyro.plate("data", 8):
+            pyro.sample("x", trained(context), obs=x)
+
+    svi = pyro.infer.SVI(likelihood, lambda: None, pyro.optim.Adam({"lr": 1e-4}), pyro.infer.Trace_ELBO())
+    first = svi.step()
+    assert close(law, torch.tensor(first), -law.distribution(8).log_prob(x).sum())
+    assert svi.evaluate_loss() < first
+    fixed = {name: value.detach().clone() for name, value in trained.named_parameters()}
+
+    def guide():
+        pyro.module("trained", trained)
+        pyro.sample("x", trained(law.contexts()))
+
+    svi = pyro.infer.SVI(program(law), guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+    assert math.isfinite(svi.step())
+    assert all(not torch.equal(value, fixed[name]) for name, value in trained.named_parameters())
+
+
+@rows()
+def test_a_frozen_prior_stays_what_it_is(law):
+    prior = law.make().freeze()
+    before = {name: value.clone() for name, value in prior.state_dict().items()}
+    context, event_dim = law.contexts(), len(law.event_shape)
+
+    def model():
+        x = pyro.sample("x", prior(context))
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+        pyro.sample("y", dist.Normal(x, noise).to_event(event_dim), obs=torch.zeros(law.event_shape))
+
+    guide = AutoNormal(model)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
+    for _ in range(3):
+        svi.step()
+    assert pyro.param("noise").item() != 1.0
+    assert all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in prior.parameters())
