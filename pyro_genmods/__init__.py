@@ -7,11 +7,25 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 
 from . import diagnostics, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
+from .io import load, save
 from .training import TrainingHistory, fit
 from .transform import Flow
 
 # Upstairs knows only the contract; the front door tells it which flow to take where the user has no opinion.
 infer.AutoFlow.default_flow = staticmethod(transform.guide_flow)
 
-__all__ = ["Cost", "Density", "Flow", "GenerativeDistribution", "GenerativeModel", "TrainingHistory", "diagnostics", "fit", "infer", "transform"]
+__all__ = [
+    "Cost",
+    "Density",
+    "Flow",
+    "GenerativeDistribution",
+    "GenerativeModel",
+    "TrainingHistory",
+    "diagnostics",
+    "fit",
+    "infer",
+    "load",
+    "save",
+    "transform",
+]
 __version__ = "0.1.0"

@@ -120,11 +120,11 @@ class GenerativeDistribution(TorchDistribution):
             ShapeError, PlacementError: the value does not fit the model.
             DensityError: the mechanism has no density.
         """
-        if self._validate_args:
-            self._validate_sample(value)
+        inside = self._validate_args and self._check_value(value)
         lead, x, c = self._rows(value, self.event_shape)
-        y, volume = self.model.coordinates.pull(x)
-        return self._values(self.model.log_prob_rows(y, c) + volume, lead)
+        y, volume = self.model.coordinates.pull(x, inside)
+        log_prob = self.model.log_prob_rows(y, c)
+        return self._values(log_prob + volume if isinstance(volume, Tensor) else log_prob, lead)
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:
         """Draw without gradient, ``(*sample_shape, *batch_shape, *event_shape)``."""
@@ -228,10 +228,17 @@ class GenerativeDistribution(TorchDistribution):
             raise DensityError(f"{self} has no pathwise gradient; use sample(), or score-function gradients in SVI.")
 
     def _validate_sample(self, value: Tensor) -> None:
+        self._check_value(value)
+
+    def _check_value(self, value: Tensor) -> bool:
+        """Refuse what is not in the support; say whether every entry is finite."""
         split = value.dim() - len(self.event_shape)
         if split < 0 or value.shape[split:] != self.event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(self.event_shape)}).")
         _check_place("value", value, self.model)
+        finite = torch._is_all_true(value.isfinite())
+        if finite and self.model.coordinates.identity and not self.model.coordinates.native:
+            return True
         inside = self.support.check(value)
         if not torch._is_all_true(inside):
             bad = value[~inside].reshape(-1)[:8].tolist()
@@ -239,6 +246,7 @@ class GenerativeDistribution(TorchDistribution):
                 f"value: {int((~inside).sum())} event(s) are NaN or outside the support {self.support} of {self}, "
                 f"the first of them {bad}; correct the data, or give the model the support that they have."
             )
+        return bool(finite)
 
 
 def _check_place(name: str, value: Tensor, model: Mechanism) -> None:

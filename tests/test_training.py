@@ -30,7 +30,7 @@ from pyro_genmods.foundation.errors import (
     SupportError,
 )
 from pyro_genmods.training import TrainingHistory, fit
-from pyro_genmods.training.data import epoch_batches
+from pyro_genmods.training.data import Examples, epoch_batches, split
 
 from .statistics import FALSE_ALARM
 
@@ -256,6 +256,10 @@ def test_units_come_from_the_training_rows_alone():
     model = Gaussian()
     quick(model, x, validation=held_out, max_epochs=1)
     assert torch.allclose(model.coordinates.standardization.shift, x.mean(0))
+    quick(model, x, validation=0.5, max_epochs=1)
+    train, _ = split(Examples(x), 0.5, seed=1)
+    assert torch.allclose(model.coordinates.standardization.shift, train.x.mean(0))
+    quick(model, x, validation=held_out, max_epochs=1)
     quick(model, held_out, standardize=False, max_epochs=1)
     assert torch.allclose(model.coordinates.standardization.shift, x.mean(0))
 
@@ -272,29 +276,30 @@ def test_schedules():
         assert history.learning_rate == pytest.approx([1e-3 * factor for factor in factors])
 
 
-class Norms:
-    """Gradient norms as the optimizer saw them."""
+def callback(**hooks):
+    """A Lightning callback with the given hooks."""
+    from lightning.pytorch.callbacks import Callback
 
-    def __new__(cls):
-        from lightning.pytorch.callbacks import Callback
+    return type("Recorder", (Callback,), hooks)()
 
-        class Recorder(Callback):
-            norms = ()
 
-            def on_before_zero_grad(self, trainer, module, optimizer):
-                gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
-                if gradients:
-                    self.norms += (float(nn.utils.get_total_norm(gradients)),)
+def gradient_norms(norms):
+    """Note the norms of the gradients as the optimizer saw them."""
 
-        return Recorder()
+    def on_before_zero_grad(self, trainer, module, optimizer):
+        gradients = [p.grad for p in module.model.parameters() if p.grad is not None]
+        if gradients:
+            norms.append(float(nn.utils.get_total_norm(gradients)))
+
+    return callback(on_before_zero_grad=on_before_zero_grad)
 
 
 def test_gradients_are_clipped():
-    free, bound = Norms(), Norms()
-    quick(Gaussian(start=3.0), draws(), gradient_clip=None, callbacks=[free])
-    quick(Gaussian(start=3.0), draws(), gradient_clip=0.5, callbacks=[bound])
-    assert min(free.norms) > 1
-    assert bound.norms == pytest.approx([0.5] * len(bound.norms), rel=1e-3)
+    free, bound = [], []
+    quick(Gaussian(start=3.0), draws(), gradient_clip=None, callbacks=[gradient_norms(free)])
+    quick(Gaussian(start=3.0), draws(), gradient_clip=0.5, callbacks=[gradient_norms(bound)])
+    assert len(free) == len(bound) > 5 and min(free) > 1
+    assert bound == pytest.approx([0.5] * len(bound), rel=1e-3)
 
 
 def test_weight_decay():
@@ -491,10 +496,13 @@ def test_what_is_not_finite_stops_and_restores(accident):
     model, undisturbed = Gaussian(), Gaussian()
     quick(undisturbed, draws(128), validation=0, max_epochs=2, schedule="constant")
     model.spoil = at_call(6, change)  # two steps an epoch: the sixth is the second of epoch 3
+    live = []
+    look = callback(on_train_batch_end=lambda *args: live.append(weights(model)))
     with pytest.warns(RuntimeWarning, match="the weights of epoch 2; lower learning_rate"):
-        history = quick(model, draws(128), validation=0, max_epochs=9, schedule="constant")
+        history = quick(model, draws(128), validation=0, max_epochs=9, schedule="constant", callbacks=[look])
     assert history.stopped == f"non-finite {what} at epoch 3, step 6"
     assert history.epochs == history.best_epoch == 2 and model.calls == 6
+    assert len(live) == 6 and same_weights(live[4], live[5]), "the step was taken"
     assert same_weights(weights(model), weights(undisturbed))
 
 

@@ -1,4 +1,4 @@
-"""Real handwritten digits, a learned prior, and what it says of digits whose lower half is lost and upper half is noisy.
+"""Real handwritten digits, a learned prior, and what it says of digits that are half lost and half noisy.
 
 A flow is fitted to 8x8 digits. Then 24 digits that it has never seen lose their lower half, and noise of an unknown
 scale covers their upper half. A Pyro model with the learned prior as a latent site infers the noise scale and the

@@ -124,6 +124,7 @@ class Flow(GenerativeModel):
         if not isinstance(base, zuko.distributions.DiagNormal | zuko.distributions.BoxUniform):
             raise TypeError(f"flow: its base is {type(base).__name__}; needs zuko's DiagNormal or BoxUniform.")
         self.uniform_base = isinstance(base, zuko.distributions.BoxUniform)
+        self.standard_base = not self.uniform_base and bool((base.mean == 0).all() and (base.stddev == 1).all())
         for module in self.flow.modules():
             if isinstance(module, zuko.flows.continuous.FFJTransform) and not module.exact:
                 raise DensityError(
@@ -262,10 +263,18 @@ class Flow(GenerativeModel):
         _, volume = transform.call_and_ladj(z)
         return z, (-volume).masked_fill(missing, -math.inf)
 
+    def _noise(self, rows: int) -> Tensor:
+        if self.is_mixture or not self.standard_base:
+            return super()._noise(rows)
+        dtype, device = self.place
+        return torch.randn(rows, self.features, dtype=dtype, device=device)
+
     def _base_log_prob(self, z: Tensor) -> Tensor:
         base = self.flow.base
         if self.uniform_base:
             return z.new_full(z.shape[:-1], -z.shape[-1] * math.log(2 * math.pi))
+        if self.standard_base:
+            return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
         z = (z - base.loc) / base.scale
         return -(0.5 * z.square() + base.scale.log()).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
