@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from .foundation.errors import DataError, ShapeError, SupportError
-from .foundation.shapes import Rows, Values
+from .foundation.shapes import Rows
 
 __all__ = ["Circular", "Coordinates", "Standardization", "circular", "event_support"]
 
@@ -162,7 +162,7 @@ class Coordinates(nn.Module):
                 "torch.distributions.biject_to knows, or transform the data to one first."
             ) from error
 
-    def pull(self, x: Tensor, known_inside: bool = False) -> tuple[Rows, Values | float]:
+    def pull(self, x: Tensor, known_inside: bool = False) -> tuple[Rows, Tensor | float]:
         """Events ``(rows, *event_shape)`` to rows ``(rows, features)``, and ``log |dy/dx|``.
 
         An event outside the support, infinity included, gets the row of an arbitrary inner point and log-volume

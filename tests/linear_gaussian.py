@@ -80,7 +80,7 @@ class LinearGaussian:
     """
 
     prior: gm.Flow = field(default_factory=affine_flow)
-    noise: float = 0.7
+    noise: float = 0.9
 
     def __post_init__(self) -> None:
         self.mean, self.covariance = moments(self.prior)

@@ -379,6 +379,17 @@ def test_a_users_own_mechanism_comes_back(path):
     assert "origin" not in loaded.state_dict()
 
 
+def test_tensors_outside_the_state_come_back_in_full_precision(path):
+    """Transient buffers and hidden modules are no part of the ``state_dict``."""
+    model = shifted().double()
+    model.network.origin.normal_()
+    model.network.stages[0].double()
+    torch.nn.init.normal_(model.network.stages[0].weight)
+    loaded = round_trip(model, path, allow=ALLOW)
+    x = torch.randn(5, 2, dtype=torch.float64)
+    assert torch.equal(model().log_prob(x), loaded().log_prob(x))
+
+
 @pytest.mark.parametrize("missing", ALLOW, ids=lambda c: c.__name__)
 def test_a_users_own_class_must_be_allowed(missing, path):
     io.save(shifted(), path)

@@ -239,13 +239,16 @@ def test_split_and_batches():
     seen = []
 
     def record(model, loss):
-        seen.append((torch.is_grad_enabled(), len(loss)))
+        assert model.training == torch.is_grad_enabled(), "dropout belongs to training, not to validation"
+        seen.append((model.training, len(loss)))
         return loss
 
     model = Gaussian()
     model.spoil = record
     quick(model, draws(101), validation=0.25, batch_size=20, max_epochs=1)
-    assert [n for grad, n in seen if grad] == [19, 19, 19, 19] and [n for grad, n in seen if not grad] == [25]
+    assert [n for training, n in seen if training] == [19, 19, 19, 19] and [
+        n for training, n in seen if not training
+    ] == [25]
     batches = epoch_batches(10, 4, 0, 1)
     assert torch.equal(torch.cat(batches).sort().values, torch.arange(10))
     assert not torch.equal(torch.cat(batches), torch.cat(epoch_batches(10, 4, 0, 2)))

@@ -15,6 +15,7 @@ __all__ = ["coupling_flow", "guide_flow"]
 def coupling_flow(
     features: int,
     context_features: int = 0,
+    *,
     layers: int = 6,
     hidden_features: tuple[int, ...] = (128, 128),
     bins: int = 8,
