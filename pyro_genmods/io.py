@@ -60,7 +60,7 @@ def save(model: GenerativeModel, path: str | os.PathLike[str]) -> None:
         path: the file, usually ``*.safetensors``; replaced atomically if it exists.
 
     Raises:
-        TypeError: the model holds something that is not data, or had a submodule replaced after construction; the
+        TypeError: not a generative model, or the model holds something that is not data, or had a submodule replaced after construction; the
             message names it and the remedy.
 
     Example:
@@ -73,6 +73,11 @@ def save(model: GenerativeModel, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(load(path)().log_prob(x), model().log_prob(x))
         True
     """
+    if not isinstance(model, GenerativeModel):
+        raise TypeError(
+            f"model: got a {type(model).__name__}, needs a generative model; of a module that holds one, save that "
+            "attribute, e.g. save(module.prior, path)."
+        )
     writer = Writer(model)
     tensors = {key: _dense_copy(key, tensor) for key, tensor in writer.tensors.items()}
     try:
@@ -140,7 +145,9 @@ def load(
             raise FileFormatError(f"a {type(model).__name__} is not a generative model.")
         _set_flags(model, metadata)
     except FileFormatError as error:
-        raise FileFormatError(f"{path}: {error} (The file was saved with {metadata.get('versions')}.)") from error
+        raise FileFormatError(
+            f"{path}: {error} (The file was saved with {str(metadata.get('versions'))[:200]}.)"
+        ) from error
     return model.to(torch.device("cpu" if map_location is None else map_location))
 
 

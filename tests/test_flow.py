@@ -34,7 +34,7 @@ FAMILIES = {
     "NAF": (F.NAF, NEURAL),
     "UNAF": (F.UNAF, NEURAL),
     "SOSPF": (F.SOSPF, SMALL),
-    "BPF": (F.BPF, SMALL),
+    "BPF": (F.BPF, {**SMALL, "degree": 8}),
     "GF": (F.GF, {"transforms": 2, "components": 4}),
     "NCSF": (F.NCSF, SMALL),
     "CNF": (F.CNF, {"hidden_features": (8,), "atol": 1e-9, "rtol": 1e-9}),
@@ -54,7 +54,7 @@ def build(name: str, features: int = 2, context: int = 0, roughness: float = 0.2
         for parameter in flow.parameters():
             if name == "GF":
                 parameter.mul_(0.1)
-            else:
+            elif name not in ("NAF", "UNAF"):  # these are far from linear as they are, and saturate between layers
                 parameter.add_(roughness * torch.randn_like(parameter))
     return flow
 
@@ -225,8 +225,9 @@ def test_the_sampling_direction_is_the_law_of_the_inverse_flow(name, context):
     else:
         truth = zuko.lazy.Flow(flow.transform.inv, flow.base)(c).log_prob(x)
         truth = truth + (2 * math.log1p(1e-5 / math.pi) if name == "NCSF" else 0.0)
-    assert torch.allclose(log_prob, truth, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(law.log_prob(x), truth, rtol=1e-6, atol=1e-6)
+    tolerance = 1e-5 if name == "CNF" else 1e-7
+    assert torch.allclose(log_prob, truth, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(law.log_prob(x), truth, rtol=tolerance, atol=tolerance)
 
 
 def test_the_directions_of_one_flow_are_different_laws():
@@ -253,7 +254,9 @@ def test_gmm_is_the_mixture_of_its_parameters():
 
 
 @pytest.mark.parametrize("direction", ["density", "sampling"])
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "GMM"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "UNAF" else []) for n in FAMILIES if n != "GMM"]
+)
 def test_round_trip_of_ten_thousand_draws(name, direction):
     law = gm.Flow(build(name), direction=direction)()
     with torch.no_grad():
@@ -264,21 +267,41 @@ def test_round_trip_of_ten_thousand_draws(name, direction):
     assert float((back - z).abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize(("name", "roughness", "seed"), [("SOSPF", 1.0, 0), ("GF", 0.0, 0), ("UNAF", 1.0, 0)])
-def test_zuko_disagrees_with_its_own_density_where_we_do_not(name, roughness, seed):
-    """zuko clamps roots at +-10; the draw it returns then has another density than the one it returns with it."""
-    flow = build(name, roughness=roughness, seed=seed)
+def flat_flow(name: str) -> nn.Module:
+    """One layer with a slope so small that many roots lie beyond ten."""
     if name == "GF":
-        with torch.no_grad():
-            for layer in (flow.transform.transforms[0], flow.transform.transforms[-1]):
-                layer.phi[1].fill_(-1.5)  # slope 0.22, so that draws beyond 2.2 come from beyond 10
+        flow = F.GF(2, transforms=1, components=4).double()
+        shift, scale = flow.transform.transforms[0].phi
+    elif name == "SOSPF":  # slope (1 + a_0)^2 + 1e-3
+        flow = F.SOSPF(2, transforms=1, hidden_features=(8,)).double()
+        shift, scale = flow.transform.transforms[0].hyper[-1].weight, flow.transform.transforms[0].hyper[-1].bias
+    else:  # slope exp(b / (1 + |b| / 7))
+        flow = F.UNAF(2, transforms=1, **{**NEURAL, "transforms": 1}).double()
+        shift, scale = (p for p in list(flow.transform.transforms[0].univariate.parameters())[-2:])
     with torch.no_grad():
-        x, log_prob = flow().rsample_and_log_prob((4000,))
+        shift.mul_(0.1)
+        scale.zero_()
+        match name:
+            case "GF":
+                scale.fill_(-1.5)
+            case "SOSPF":
+                scale.view(2, -1)[:, 0:15:5] = -0.75
+            case "UNAF":
+                scale.fill_(-2.5)
+    return flow
+
+
+@pytest.mark.parametrize("name", ["SOSPF", "GF", "UNAF"])
+def test_zuko_disagrees_with_its_own_density_where_we_do_not(name):
+    """zuko clamps roots at +-10; the draw it returns then has another density than the one it returns with it."""
+    flow = flat_flow(name)
+    with torch.no_grad():
+        x, log_prob = flow().rsample_and_log_prob((2000,))
         theirs = (log_prob - flow().log_prob(x)).abs()
         law = gm.Flow(flow)()
-        x, log_prob = law.rsample_and_log_prob((4000,))
+        x, log_prob = law.rsample_and_log_prob((2000,))
         ours = (log_prob - law.log_prob(x)).abs()
-    assert float(theirs.max()) > 0.01, "zuko has been mended; the wrapper's own inverse may be superfluous"
+    assert float((theirs > 0.01).double().mean()) > 0.01, "zuko has been mended; our own inverse may be superfluous"
     assert float(x.abs().max()) > 10
     assert float(ours.max()) <= 1e-6
 
@@ -324,7 +347,7 @@ def test_value_and_volume_of_a_closed_inverse(name):
     transform = flow.transform()
     y = flow.base().sample((40,))
     x, volume = invert_with_volume(transform, y)
-    assert torch.allclose(x, transform.inv(y), atol=1e-9)
+    assert torch.allclose(x, transform.inv(y), atol=1e-7 if name == "CNF" else 1e-9)
     assert torch.allclose(volume, -transform.log_abs_det_jacobian(x, y), atol=1e-6)
 
 
@@ -356,13 +379,14 @@ def test_gradients_of_the_inverse(name):
 def test_evaluation_mode_keeps_gradients_that_zuko_drops(name):
     def touched(module: nn.Module, flow: nn.Module) -> int:
         module.zero_grad()
-        law = module()
-        (law.log_prob(torch.ones(4, 2, dtype=DOUBLE)).sum() + law.rsample((4,)).sum()).backward()
+        x = module().rsample((4,))
+        if x.requires_grad:
+            x.sum().backward()
         return sum(p.grad is not None and bool(p.grad.any()) for p in flow.parameters())
 
     flow = build(name)
     raw = copy.deepcopy(flow).eval()
-    assert touched(raw, raw) < len(list(raw.parameters()))
+    assert touched(raw, raw) < len(list(raw.parameters())), "zuko has been mended"
     model = gm.Flow(flow)
     outer = nn.ModuleList([model])
     for switch in (model.eval, outer.eval, outer.train):
@@ -379,9 +403,10 @@ def test_circular_density_is_periodic_and_integrates_to_one(features, direction)
     model = gm.Flow(build("NCSF", features), direction=direction)
     law = model()
     assert law.support.base_constraint is circular and model.coordinates.native
-    ends = torch.full((1, features), math.pi, dtype=DOUBLE)
-    assert torch.allclose(law.log_prob(ends), law.log_prob(-ends), atol=1e-9)
-    assert torch.allclose(law.log_prob(ends - 1e-7), law.log_prob(-ends + 1e-7), atol=1e-4)
+    if features == 1:
+        end = torch.full((1, 1), math.pi, dtype=DOUBLE)
+        assert torch.allclose(law.log_prob(end), law.log_prob(-end), atol=1e-9)
+        assert torch.allclose(law.log_prob(end - 1e-7), law.log_prob(-end + 1e-7), atol=1e-4)
     n = 20_000 if features == 1 else 300
     axis = (torch.arange(n, dtype=DOUBLE) + 0.5) / n * 2 * math.pi - math.pi
     grid = torch.cartesian_prod(*[axis] * features).reshape(-1, features)
@@ -392,6 +417,18 @@ def test_circular_density_is_periodic_and_integrates_to_one(features, direction)
     if features == 1:
         counts = ((x[:, 0] + math.pi) / (2 * math.pi) * 20).long().clamp(0, 19).bincount(minlength=20)
         assert_counts(counts, mass.reshape(20, -1).sum(-1))
+
+
+def test_an_angle_that_conditions_no_other_is_periodic():
+    """zuko's networks read angles as numbers, so only such an angle has no seam at +-pi."""
+    torch.manual_seed(0)
+    flow = F.NCSF(3, transforms=1, hidden_features=(8,)).double()
+    x = torch.rand(50, 3, dtype=DOUBLE) * 6 - 3
+    left, right = x.clone(), x.clone()
+    left[:, -1], right[:, -1] = -math.pi, math.pi
+    law = gm.Flow(flow)()
+    assert torch.allclose(law.log_prob(left), law.log_prob(right), atol=1e-9)
+    assert law.log_prob(left).std() > 1e-3
 
 
 def test_a_random_density_is_refused():
@@ -454,7 +491,7 @@ def test_context_width_of_a_flow_that_does_not_tell():
         (F.NSF(6, transforms=3, passes=2), (6, 3, None), (3, 6, None)),
         (F.NICE(6, transforms=4), (4, 4, None), (4, 4, None)),
         (F.NAF(3, transforms=1), (3, 1, "sample"), (1, 4, "score")),
-        (F.GF(3, context=2), (3, 3, "sample"), (3, 6, "score")),
+        (F.GF(3, context=2), (3, 3, "sample"), (3, 3, "score")),
         (F.GF(3), (0, 0, "sample"), (0, 0, "score")),
         (F.CNF(3), (None, None, None), (None, None, None)),
     ],

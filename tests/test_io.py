@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import inspect
 import json
 import math
 import os
@@ -266,11 +267,11 @@ def test_attributes_changed_after_construction_come_back(path):
 
 
 def test_saving_and_loading_take_no_random_numbers_and_change_nothing(path):
-    model = gm.Flow(FLOWS["NSF"](2), support=constraints.positive)
+    model = shifted()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     io.save(model, path)
-    io.load(path)
+    io.load(path, allow=ALLOW)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -340,13 +341,14 @@ class Shifted(gm.GenerativeModel):
         self.network, self.schedule, self.inner, self.options = network, schedule, inner, options
         self.total = sum(shifts) + len(options)
         self.dtype, self.mood = dtype, mood
+        self.bias = nn.Parameter(torch.randn(2))
 
     @property
     def cost(self) -> gm.Cost:
         return gm.Cost(1, 1)
 
     def log_prob_rows(self, y, c):
-        z = self.network(y) + self.total + self.schedule.shift + sum(self.schedule.times)
+        z = self.network(y) + self.bias + self.total + self.schedule.shift + sum(self.schedule.times)
         return self.base_distribution().log_prob(z)
 
     def push_rows(self, z, c):
@@ -475,6 +477,12 @@ def test_what_is_not_data_is_refused_and_named(build, message, path):
     with pytest.raises(TypeError, match=message):
         io.save(build(), path)
     assert not path.exists()
+
+
+def test_only_a_model_is_saved_as_a_model(path, gmm):
+    for other in (gmm.flow, nn.Sequential(gmm), gmm()):
+        with pytest.raises(TypeError, match=r"model: got a \w+, needs a generative model.*module\.prior"):
+            inspect.unwrap(io.save)(other, path)
 
 
 def test_metadata_and_tensors_that_no_file_can_hold(path):

@@ -551,6 +551,16 @@ def test_an_interrupt_keeps_the_best_weights(action):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_an_interrupt_before_the_first_step():
+    def setup(self, trainer, module, stage):
+        raise KeyboardInterrupt
+
+    model, handler = Gaussian(), signal.getsignal(signal.SIGINT)
+    history = quick(model, draws(), callbacks=[callback(setup=setup)])
+    assert history.stopped == "interrupted" and history.epochs == model.calls == 0
+    assert signal.getsignal(signal.SIGINT) is handler, "further interrupts would be ignored"
+
+
 def test_an_error_in_the_objective_leaves_the_best_weights():
     undisturbed, model = Gaussian(), Gaussian()
     quick(undisturbed, draws(128), validation=0, max_epochs=2, schedule="constant")
