@@ -60,8 +60,8 @@ def save(model: GenerativeModel, path: str | os.PathLike[str]) -> None:
         path: the file, usually ``*.safetensors``; replaced atomically if it exists.
 
     Raises:
-        TypeError: not a generative model, or the model holds something that is not data, or had a submodule replaced after construction; the
-            message names it and the remedy.
+        TypeError: not a generative model, or one that holds something that is not data or had a submodule replaced
+            after construction; the message names it and the remedy.
 
     Example:
         >>> import tempfile, zuko

@@ -396,17 +396,50 @@ def test_score_equals_finite_differences(law):
     x = d.sample()
     score = d.score(x)
     assert score.shape == x.shape
-    bijection, h = unconstrain(law, d), 3e-2 if not law.networks else 1e-5
+    bijection, h = unconstrain(law, d), 1e-3 if not law.networks else 1e-5
     u = bijection.inv(x)
     direction = torch.randn_like(u)
     ahead, behind = bijection(u + h * direction), bijection(u - h * direction)
     slope = (d.log_prob(ahead) - d.log_prob(behind)) / (2 * h)
     along = (score * (ahead - behind) / (2 * h)).flatten(1).sum(1)
-    assert close(law, along, slope, 1e-4 if law.networks else 1e-2)
+    assert close(law, along, slope, 1e-4 if law.networks else 1e-3)
     with torch.no_grad():
         assert torch.equal(d.score(x), score) and not d.score(x).requires_grad
     one = law.distribution(dtype=DOUBLE)
     assert close(law, one.expand([3]).score(x[0]), one.score(x[0]).expand(3, *law.event_shape), 1e-9)
+
+
+@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+def test_gradients_equal_finite_differences(law):
+    """Of a score at a fixed value, and of a push and its density, with respect to parameters and context together."""
+    model, context = law.make(DOUBLE), law.contexts(4, dtype=DOUBLE)
+    x = law.distribution(4, dtype=DOUBLE).sample()
+    z = law.distribution(4, dtype=DOUBLE).base.sample()
+    weight = torch.randn_like(x)
+    inputs = [*model.parameters(), *([] if context is None else [context.requires_grad_()])]
+    for tensor in inputs:
+        tensor.grad = None
+
+    def outcome() -> Tensor:
+        d = model(context) if law.context else model().expand([4])
+        total = d.log_prob(x).sum()
+        if law.transport:
+            pushed, log_prob = d.push_and_log_prob(z)
+            total = total + (weight * pushed.sin()).sum() + log_prob.sum() + 0.1 * d.log_prob(pushed).sum()
+        return total
+
+    gradients = torch.autograd.grad(outcome(), inputs)
+    h = 1e-3 if not law.networks else 1e-6
+    steps = [torch.randn_like(tensor) / math.sqrt(tensor.numel()) for tensor in inputs]
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for tensor, step in zip(inputs, steps, strict=True):
+                tensor.add_(sign * h * step)
+            values.append(float(outcome()))
+    slope = (values[0] - values[1]) / (2 * h)
+    predicted = sum(float((g * step).sum()) for g, step in zip(gradients, steps, strict=True))
+    assert predicted == pytest.approx(slope, rel=1e-3 if not law.networks else 1e-5, abs=1e-5)
 
 
 @rows(lambda law: bool(law.networks))

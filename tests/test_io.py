@@ -381,6 +381,12 @@ def test_a_users_own_mechanism_comes_back(path):
     assert "origin" not in loaded.state_dict()
 
 
+def test_defaults_are_those_of_the_day_it_was_saved(path, monkeypatch):
+    io.save(shifted(), path)
+    monkeypatch.setitem(Shifted.__init__.__kwdefaults__, "dtype", torch.float64)
+    assert io.load(path, allow=ALLOW).dtype == torch.float32
+
+
 def test_tensors_outside_the_state_come_back_in_full_precision(path):
     """Transient buffers and hidden modules are no part of the ``state_dict``."""
     model = shifted().double()

@@ -699,7 +699,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     from pyro_genmods.io import write_tensors
 
     write_tensors(tmp_path / "tensors", {"x": torch.zeros(2)}, {"kind": "something else"})
-    for name, message in (("short", ""), ("text", ""), ("tensors", "not a training checkpoint")):
+    for name, message in (("short", "short"), ("text", "text"), ("tensors", "not a training checkpoint")):
         with pytest.raises(FileFormatError, match=message):
             quick(Gaussian(), draws(), checkpoint=tmp_path / name)
 
@@ -813,14 +813,14 @@ def test_silence_and_no_litter(tmp_path, monkeypatch, capfd):
 def test_progress_bar(capfd):
     history = quick(network(), draws(), progress_bar=True)
     bar = capfd.readouterr().err
-    assert "epoch 4/4 100%" in bar
+    assert "epoch 4/4 |████████| " in bar
     for text in (
         f"train {history.train_loss[-1]:.4f}",
         f"validation {history.validation_loss[-1]:.4f}",
         "nats/dim lr ",
     ):
         assert text in bar
-    assert f"best {history.best_loss:.4f} (epoch {history.best_epoch})" in bar
+    assert f"best {history.best_loss:.4f} ({history.best_epoch})" in bar
 
 
 def test_history():

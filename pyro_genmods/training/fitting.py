@@ -92,7 +92,8 @@ def fit(
         checkpoint: a file that holds the state after every epoch. A run that was killed is taken up again by the same
             call, and ends where it would have ended; a finished run returns at once.
         device: ``"auto"`` trains on a GPU if there is one; or ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
-        progress_bar: show epoch, losses in nats per dimension, learning rate and time left; ``False`` is silent.
+        progress_bar: show epoch, losses in nats per dimension (best with its epoch), learning rate and time left;
+            ``False`` is silent.
         **trainer_options: further arguments of ``lightning.Trainer``: ``precision="bf16-mixed"``, ``devices=2,
             strategy="ddp"``, ``max_time``, ``accumulate_grad_batches``, ``callbacks``, ``logger``, ...
 
@@ -107,6 +108,7 @@ def fit(
         SupportError: values outside the model's support.
         FileFormatError: the checkpoint is damaged, or belongs to a run with other arguments or data.
         ValueError: an argument out of its range, or a model with nothing to learn.
+        TypeError: an argument that neither ``fit`` nor ``lightning.Trainer`` knows, or not a model.
 
     Warns:
         SlowDirectionWarning: the model scores in its slow direction, and training would run it at every step.

@@ -104,13 +104,20 @@ class TrainingLoop(lightning.LightningModule):
             initial=self.state.history.epochs * self.steps_per_epoch,
             disable=not (self.show and self.trainer.is_global_zero),
             unit="step",
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc} |{bar:8}| {elapsed}<{remaining}{postfix}",
         )
 
     def on_train_end(self) -> None:
         self.bar.close()
         if self.state.finished:
             self._save()
+
+    def close(self) -> None:
+        """Let go of the bar and the examples; loop and Trainer hold on to each other until garbage is collected."""
+        if self.bar is not None:
+            self.bar.close()
+        self.train_examples = self.validation_examples = None
+        self.batches = ()
 
     def _placed(self, examples: Examples) -> Examples:
         """The examples on the device, if they leave half of its memory free; else batch by batch."""
@@ -237,5 +244,5 @@ class TrainingLoop(lightning.LightningModule):
         losses = f"train {history.train_loss[-1]:.4f}"
         if history.validation_loss:
             losses += f" validation {history.validation_loss[-1]:.4f}"
-        best = f"best {history.best_loss:.4f} (epoch {history.best_epoch}) nats/dim"
+        best = f"best {history.best_loss:.4f} ({history.best_epoch}) nats/dim"
         self.bar.set_postfix_str(f"{losses} {best} lr {self.rate:.1e}")

@@ -96,8 +96,7 @@ def run(trainer: lightning.Trainer, loop: TrainingLoop) -> str:
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-        if loop.bar is not None:
-            loop.bar.close()
+        loop.close()
     return "stopped by the Trainer"
 
 

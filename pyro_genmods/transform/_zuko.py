@@ -39,9 +39,9 @@ def _import_zuko() -> None:
 _import_zuko()
 
 import zuko  # noqa: E402
-from zuko.utils import AdaptiveCheckpointAdjoint  # noqa: E402
+from zuko.utils import AdaptiveCheckpointAdjoint, GaussLegendre  # noqa: E402
 
-__all__ = ["break_ode_cycles", "zuko"]
+__all__ = ["GaussLegendre", "break_ode_cycles", "zuko"]
 
 
 def break_ode_cycles(y: Tensor, count: int) -> Tensor:

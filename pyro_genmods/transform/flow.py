@@ -38,6 +38,7 @@ from ..foundation.networks import place_of, zero_output_layer
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ._zuko import break_ode_cycles, zuko
 from .inverse import invert, invert_with_volume, needs_root_finding
+from .quadrature import with_ordinary_gradients
 from .structure import context_features_of, features_of, passes
 
 __all__ = ["Flow"]
@@ -132,6 +133,7 @@ class Flow(GenerativeModel):
                     "nats from call to call and no sampler can use it; build it with exact=True."
                 )
         self.odes = sum(isinstance(m, zuko.flows.continuous.FFJTransform) for m in self.flow.modules())
+        self.integrals = any(isinstance(m, zuko.flows.neural.UMNN) for m in self.flow.modules())
         with torch.no_grad():
             dtype, device = self.place
             row = torch.zeros(1, self.features, dtype=dtype, device=device)
@@ -248,7 +250,8 @@ class Flow(GenerativeModel):
     def _transform(self, c: Tensor | None) -> Transform:
         if self.is_mixture:
             raise DensityError("a mixture has no push and no pull; it has sample() and log_prob().")
-        return self.flow.transform(c)
+        transform = self.flow.transform(c)
+        return with_ordinary_gradients(transform) if self.integrals else transform
 
     def _pull_with_volume(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Noise of rows and ``log |dz/dy|``; rows without a preimage get log-volume ``-inf``."""
