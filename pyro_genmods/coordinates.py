@@ -155,12 +155,23 @@ class Coordinates(nn.Module):
 
     def _unconstrained_shape(self) -> Size:
         try:
-            return Size(self._bijection().inverse_shape(self.event_shape))
+            shape = Size(self._bijection().inverse_shape(self.event_shape))
+            u = torch.zeros((2, *shape))
+            x = self._bijection()(u)
+            volume = self._bijection().log_abs_det_jacobian(u, x)
+            fits = x.shape == (2, *self.event_shape) and volume.shape[:1] == (2,)
         except NotImplementedError as error:
             raise SupportError(
                 f"support {self.support} has no bijection to the reals; use a constraint that "
                 "torch.distributions.biject_to knows, or transform the data to one first."
             ) from error
+        except (ValueError, RuntimeError):  # a bijection that reads its dimensions otherwise than its constraint
+            fits = False
+        if not fits:
+            raise SupportError(
+                f"support {self.support} does not map to event_shape {tuple(self.event_shape)}; check its event_dim."
+            )
+        return shape
 
     def pull(self, x: Tensor, known_inside: bool = False) -> tuple[Rows, Tensor | float]:
         """Events ``(rows, *event_shape)`` to rows ``(rows, features)``, and ``log |dy/dx|``.

@@ -68,7 +68,7 @@ class Law:
                 model.standardize(self.data(256), context)
         for module in model.modules():
             if hasattr(module, "atol") and dtype is torch.float64:
-                module.atol, module.rtol = 1e-10, 1e-9
+                module.atol, module.rtol = 1e-9, 1e-8
         return model.to(device, dtype)
 
     def data(self, n: int) -> Tensor:

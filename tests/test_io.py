@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations
 import pyro_genmods as gm
 from pyro_genmods import io
 from pyro_genmods.foundation.errors import FileFormatError
-from pyro_genmods.io_allowlist import AllowList
+from pyro_genmods.io.allowlist import AllowList
 
 import zuko  # isort: skip
 
@@ -280,7 +280,7 @@ def test_describe_reads_without_building(path, monkeypatch):
     model = gm.Flow(FLOWS["NSF"](2, context=1), support=constraints.positive).double()
     model.standardize(torch.rand(30, 2, dtype=torch.float64) + 1, torch.rand(30, 1, dtype=torch.float64))
     io.save(model, path)
-    monkeypatch.setattr("pyro_genmods.io.Reader", None)
+    monkeypatch.setattr("pyro_genmods.io.files.Reader", None)
     found = io.describe(path)
     assert found["schema"] == 1
     assert found["class"] == "pyro_genmods.transform.flow.Flow"
@@ -598,7 +598,7 @@ def test_one_flipped_byte_anywhere(path, gmm):
 
 
 def test_a_newer_schema_is_refused_before_anything_else(path, gmm, monkeypatch):
-    monkeypatch.setattr(io, "SCHEMA", 2)
+    monkeypatch.setattr(io.files, "SCHEMA", 2)
     io.save(gmm, path)
     monkeypatch.undo()
     for read in (io.load, io.read_tensors, io.describe):
@@ -724,10 +724,10 @@ HOSTILE = [
     "zuko.flows:NSF",
     "pyro_genmods:__builtins__",
     "pyro_genmods.io:save",
-    "pyro_genmods.io:write_tensors",
-    "pyro_genmods.io:os",
-    "pyro_genmods.io:os.remove",
-    "pyro_genmods.io_reader:Reader",
+    "pyro_genmods.io.files:write_tensors",
+    "pyro_genmods.io.files:os",
+    "pyro_genmods.io.files:os.remove",
+    "pyro_genmods.io.reader:Reader",
     "pyro_genmods.transform.flow:nn",
     "pyro_genmods.foundation.networks:detached_copy",
     "pyro_genmods.distribution:_check_place",

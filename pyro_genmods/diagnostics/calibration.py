@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import arviz as az
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,6 +45,8 @@ def psis_khat(log_weights: Tensor) -> float:
     """
     if log_weights.dim() != 1 or len(log_weights) < 100:
         raise ShapeError(f"log_weights: got shape {tuple(log_weights.shape)}, needs (draws,) with at least 100 draws.")
+    import arviz as az  # when asked for: it takes seconds, and sets warning filters
+
     if bool(log_weights.isnan().any()):
         return float("inf")
     _, khat = az.psislw(log_weights.detach().cpu().double().numpy())

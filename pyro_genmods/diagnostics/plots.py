@@ -1,12 +1,14 @@
-"""Pictures, where people would rather look than read. Every function returns a matplotlib figure."""
+"""Pictures, where people would rather look than read.
+
+Every function returns a matplotlib figure. Matplotlib is imported when the first picture is drawn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .calibration import Coverage
@@ -14,14 +16,14 @@ from .calibration import Coverage
 __all__ = ["plot_calibration", "plot_image_posterior"]
 
 
-def plot_calibration(coverage: Mapping[str, Coverage] | Coverage) -> Figure:
+def plot_calibration(coverage: Mapping[str, Coverage] | Coverage) -> Any:
     """Observed against nominal coverage of credible intervals, with two standard errors; the diagonal is the truth.
 
     Arguments:
         coverage: one result of ``interval_coverage``, or several by name.
 
     Returns:
-        The figure.
+        The ``matplotlib.figure.Figure``.
 
     Example:
         >>> levels = np.linspace(0.1, 0.9, 9)
@@ -29,6 +31,8 @@ def plot_calibration(coverage: Mapping[str, Coverage] | Coverage) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'nominal level'
     """
+    import matplotlib.pyplot as plt
+
     named = {"": coverage} if isinstance(coverage, Coverage) else dict(coverage)
     figure, axes = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
@@ -43,7 +47,7 @@ def plot_calibration(coverage: Mapping[str, Coverage] | Coverage) -> Figure:
 
 def plot_image_posterior(
     truth: Tensor, observed: Tensor, draws: Tensor, shown: int = 3, limits: tuple[float, float] = (0.0, 1.0)
-) -> Figure:
+) -> Any:
     """Truth, observation, posterior mean, posterior standard deviation and draws, one row per image.
 
     Arguments:
@@ -54,7 +58,7 @@ def plot_image_posterior(
         limits: grey scale of white and black.
 
     Returns:
-        The figure.
+        The ``matplotlib.figure.Figure``.
 
     Example:
         >>> import torch
@@ -62,6 +66,8 @@ def plot_image_posterior(
         >>> len(figure.axes) >= 2 * 7
         True
     """
+    import matplotlib.pyplot as plt
+
     columns = ["truth", "observed", "posterior mean", "posterior sd", *(f"draw {i + 1}" for i in range(shown))]
     figure, grid = plt.subplots(
         len(truth), len(columns), figsize=(1.25 * len(columns) + 0.7, 1.3 * len(truth) + 0.3), squeeze=False,

@@ -2,11 +2,11 @@ r"""Variational guides made of generative models.
 
 :class:`AutoFlow` puts a flow over all unconstrained latents of a Pyro model,
 
-.. math:: z \sim \mathcal N(0, I), \qquad y = T_\phi(z), \qquad x = m + L\,(s + B\,y),
+.. math:: z \sim p_Z, \qquad y = T_\phi(z), \qquad x = m + L\,(s + B\,y),
 
 where :math:`(m, L)` is a Gaussian fit made at the first call, :math:`T_\phi` starts at the identity, and :math:`s`,
-:math:`B`, :math:`\phi` are learned. The first ELBO is therefore that of the Gaussian fit, and every step can only leave
-the Gaussian family for something better.
+:math:`B` (a lower triangle with log-diagonal), :math:`\phi` are learned. The first ELBO is therefore that of the best
+Gaussian, and learning starts in coordinates in which the posterior is centred and round.
 
 References:
     D. J. Rezende, S. Mohamed, Variational Inference with Normalizing Flows, 2015, arXiv:1505.05770.
@@ -16,48 +16,64 @@ References:
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Normal, TorchDistribution, TransformedDistribution
+from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Size, Tensor, nn
-from torch.distributions import ComposeTransform, Transform, biject_to
+from torch.distributions import Transform, biject_to
 
 from ..contract import Density, GenerativeModel
-from ..foundation.errors import DensityError, ShapeError, SlowDirectionError
+from ..foundation.errors import DensityError, ShapeError, SlowDirectionError, SupportError
 from ..foundation.networks import detached_copy
-from .gaussian import Gaussian, fit_gaussian
-from .transport import GuideLaw, PushTransform, TriangularTransform, transported
+from .gaussian import START_SCALE, Gaussian, fit_gaussian
+from .joint import LogJoint
+from .transport import GuideLaw, GuideTransform, TriangularTransform, transported
 
 __all__ = ["AutoFlow"]
+
+TERMS = 2**17  # log densities that one step of the Gaussian fit may add up
 
 
 class AutoFlow(AutoContinuous):
     """A flow over the unconstrained latents of a model, as an autoguide.
 
     Use it as any ``AutoContinuous``: its parameters are registered with Pyro, ``NeuTraReparam(guide)`` works, and
-    ``median``, ``quantiles``, ``get_posterior``, ``get_transform`` are there.
+    ``median``, ``quantiles``, ``get_posterior``, ``get_transform`` are there. Discrete latents are hidden from it as
+    from Pyro's own guides, ``AutoFlow(poutine.block(model, hide=[...]))`` with ``TraceEnum_ELBO``.
+
+    The Gaussian fit does not touch parameters of the model, their gradients, or the caller's random numbers. It is left
+    out (the guide then starts where Pyro's do) where the model has randomness of its own besides minibatches, such as a
+    discrete site hidden from the guide. A model that ``torch.vmap`` cannot run makes it slow; see ``gaussian_steps``.
 
     Arguments:
-        model: a Pyro model whose latents are continuous (or enumerated).
-        flow: a generative model with an exact density over ``(latent_dim,)`` and a fast push, or a function
-            ``latent_dim -> model``; default: eight affine coupling layers (a spline for one latent).
+        model: a Pyro model with continuous latents.
+        flow: a generative model over ``(latent_dim,)`` with an exact density and a fast push, taken over, moved and
+            reset by the guide; or a function ``latent_dim -> model``. Default: affine coupling layers (for one latent,
+            splines).
         init_loc_fn: Pyro's initialisation strategy, from which the Gaussian fit starts.
         init: ``"gaussian"`` starts at a Gaussian fit with the flow reset to the identity; ``"given"`` leaves the flow
             as it is and starts at ``init_loc_fn`` with scale 0.1.
-        gaussian_steps: gradient steps of the Gaussian fit, about a millisecond each.
-        stl: path-wise gradients ("sticking the landing"), whose variance vanishes as the guide becomes exact; costs
-            one pull per step. Default: on, unless the flow's pull is slow.
+        gaussian_steps: gradient steps of the Gaussian fit, each of the cost of an SVI step with 64 vectorised
+            particles (fewer for large data, or where ``torch.vmap`` fails).
+        stl: path-wise gradients ("sticking the landing"), whose variance vanishes as the guide becomes exact, in
+            ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceMeanField_ELBO``; other objectives keep their ordinary
+            gradient. Costs one pull a step. Default: on, unless the flow's pull is slow.
 
     Raises:
         SlowDirectionError: the flow is slow from noise to data, the direction that a guide runs at every step.
         DensityError: the flow has no exact density.
-        ShapeError: the flow has another number of features than the model has unconstrained latents.
+        ShapeError: the flow has another number of features than the model has unconstrained latents, or a context.
+        SupportError: the flow does not live on all real vectors.
+        ValueError: the flow cannot start at the identity, or is frozen.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
@@ -67,7 +83,7 @@ class AutoFlow(AutoContinuous):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("y", dist.Normal(loc, scale), obs=y)
-        >>> guide = gm.infer.AutoFlow(model, gaussian_steps=100)
+        >>> guide = gm.infer.AutoFlow(model)
         >>> svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 1e-3}), Trace_ELBO())
         >>> loss = [svi.step(torch.tensor([0.3, 0.5, -0.2])) for _ in range(3)]
         >>> sorted(guide.median())
@@ -88,9 +104,10 @@ class AutoFlow(AutoContinuous):
     ) -> None:
         if init not in ("gaussian", "given"):
             raise ValueError(f"init: got {init!r}, needs 'gaussian' or 'given'.")
-        if isinstance(flow, GenerativeModel):
+        if isinstance(flow, nn.Module):
             _check_flow(flow)
         super().__init__(model, init_loc_fn)
+        self._model = (self.model, model)  # Pyro's slot for what is no submodule; the second runs without initialising
         self._flow_choice = (flow,)  # a tuple, so that the module is not registered before its time
         self._init = init
         self.gaussian_steps = gaussian_steps
@@ -101,100 +118,111 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         start = self._init_loc()
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                self._build(start, args, kwargs)
+        except BaseException:
+            self.prototype_trace = None  # a guide that is half built would fail in stranger ways at the next call
+            raise
+
+    def _build(self, start: Tensor, args: tuple, kwargs: dict) -> None:
+        flow = self._chosen_flow(start)
+        identity = torch.eye(self.latent_dim, dtype=start.dtype, device=start.device)
+        loc, tril, log_scale = start, identity, math.log(START_SCALE)
+        if self._init == "gaussian":
+            _reset(flow)
+            fit = self._fit_gaussian(start, args, kwargs)
+            if fit is not None:
+                loc, tril, log_scale = fit.loc, fit.tril, 0.0
+        self._take_free_name()
+        self.flow = flow
+        self.register_buffer("centre", loc)
+        self.register_buffer("whitener", tril)
+        self.shift = nn.Parameter(torch.zeros_like(loc))
+        self.raw_factor = nn.Parameter(log_scale * identity)
+        if self.stl is None:
+            self.stl = flow.slow_direction != "score"
+
+    def _chosen_flow(self, start: Tensor) -> GenerativeModel:
         choice = self._flow_choice[0] or type(self).default_flow
-        flow = choice if isinstance(choice, GenerativeModel) else choice(self.latent_dim)
+        flow = choice if isinstance(choice, nn.Module) else choice(self.latent_dim)
         _check_flow(flow)
         if flow.event_shape != (self.latent_dim,):
             raise ShapeError(
                 f"flow: it has event_shape {tuple(flow.event_shape)}, the model has {self.latent_dim} unconstrained "
                 "latents; pass a function features -> flow to have it built to measure."
             )
-        self.flow = flow.to(start.device, start.dtype)
-        if self.stl is None:
-            self.stl = flow.slow_direction != "score"
-        loc, tril = start, 0.1 * torch.eye(self.latent_dim, dtype=start.dtype, device=start.device)
-        if self._init == "gaussian":
-            if not flow.start_at_identity():
-                raise ValueError(
-                    f"flow: {type(flow).__name__} cannot be reset to the identity, from which the Gaussian start "
-                    "continues; use a coupling, affine or spline flow, or init='given'."
-                )
-            fit = self._fit_gaussian(start, args, kwargs)
-            loc, tril = fit.loc, fit.tril
-        self.register_buffer("centre", loc)
-        self.register_buffer("whitener", tril)
-        self.shift = nn.Parameter(torch.zeros_like(loc))
-        self.raw_factor = nn.Parameter(torch.zeros_like(tril))
+        return flow.to(start.device, start.dtype)
 
-    def _fit_gaussian(self, start: Tensor, args: tuple, kwargs: dict) -> Gaussian:
-        with poutine.block(), pyro.validation_enabled(False), torch.random.fork_rng():
-            return fit_gaussian(self._log_density(start, args, kwargs), start, self.gaussian_steps)
+    def _fit_gaussian(self, start: Tensor, args: tuple, kwargs: dict) -> Gaussian | None:
+        joint = self._log_joint(start, args, kwargs)
+        if joint.hidden_noise:
+            return None
+        most = max(64, len(start)) if joint.vectorised else 8
+        draws = min(most, max(8, TERMS // max(joint.terms, 1)))
+        return fit_gaussian(joint, start, self.gaussian_steps, draws)
 
-    def _log_density(self, probe: Tensor, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor]:
-        """Log joint of rows of latents: vectorised by functorch where that agrees with one call a row, else a loop."""
+    def _log_joint(self, probe: Tensor, args: tuple, kwargs: dict) -> LogJoint:
+        sites = {
+            name: (site["fn"].support, self._unconstrained_shapes[name])
+            for name, site in self.prototype_trace.iter_stochastic_nodes()
+        }
+        return LogJoint(self._model[1], sites, probe, args, kwargs)
 
-        def one(latent: Tensor) -> Tensor:
-            return self._log_joint(latent, args, kwargs)
+    def _take_free_name(self) -> None:
+        """Parameters of another guide under the same name in Pyro's store would shadow ours, which would not learn."""
+        name, number, store = self._pyro_name, 1, pyro.get_param_store()
+        while any(key.startswith(f"{self._pyro_name}.") for key in store):
+            self._pyro_set_supermodule(f"{name}_{number}", self._pyro_context)
+            number += 1
 
-        def loop(latents: Tensor) -> Tensor:
-            return torch.stack([one(latent) for latent in latents])
-
-        vectorised = torch.vmap(one, randomness="different")
-        probes = probe + 0.01 * torch.arange(2.0, device=probe.device, dtype=probe.dtype)[:, None]
-        expected = _value_and_gradient(loop, probes)
-        try:
-            found = _value_and_gradient(vectorised, probes)
-        except (RuntimeError, ValueError, NotImplementedError):  # what functorch cannot do, the loop can
-            return loop
-        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(found, expected, strict=True))
-        return vectorised if same else loop
-
-    def _log_joint(self, latent: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """Log joint density of model and data at one unconstrained latent vector, Jacobians included."""
-        values, volume = {}, torch.zeros((), dtype=latent.dtype, device=latent.device)
-        for site, unconstrained in self._unpack_latent(latent):
-            bijection = biject_to(site["fn"].support)
-            values[site["name"]] = bijection(unconstrained)
-            volume = volume + bijection.log_abs_det_jacobian(unconstrained, values[site["name"]]).sum()
-        trace = poutine.trace(poutine.condition(self.model, values)).get_trace(*args, **kwargs)
-        return trace.log_prob_sum() + volume
+    def _keep_own_name(self) -> None:
+        name, store = f"{self._pyro_name}.shift", pyro.get_param_store()
+        if name in store and store[name].unconstrained() is not self._parameters["shift"]:
+            warnings.warn(
+                f"Pyro's param store holds other values under {name!r} (of another copy of this guide, or loaded); "
+                "this one goes on with its own, under a new name. To restore a guide, use its load_state_dict.",
+                stacklevel=2,
+            )
+            self._take_free_name()
 
     # -- the AutoContinuous contract -----------------------------------------------------------------------------
 
     def _affine(self) -> TriangularTransform:
-        raw = self.raw_factor
+        raw, whitener = self.raw_factor, self.whitener
         factor = raw.tril(-1) + raw.diagonal().exp().diag()
-        return TriangularTransform(self.centre + self.whitener @ self.shift, self.whitener @ factor)
+        return TriangularTransform(self.centre + whitener @ self.shift, whitener @ factor)
 
-    def get_base_dist(self) -> TorchDistribution:
-        """Standard normal noise over ``(latent_dim,)``."""
-        zeros = torch.zeros_like(self.centre)
-        return Normal(zeros, torch.ones_like(zeros)).to_event(1)
+    def get_base_dist(self) -> TorchDistributionMixin:
+        """Law of the flow's noise over ``(latent_dim,)``, standard normal."""
+        self._check_ready()
+        return self.flow().base
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """The transport from noise to unconstrained latents; independent of the model's arguments."""
-        return ComposeTransform([PushTransform(self.flow()), self._affine()])
+        self._check_ready()
+        return GuideTransform(self.flow(), self._affine())
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> TransformedDistribution:
         """The guide's law over unconstrained latents; scores any point."""
+        self._check_ready()
         return transported(self.flow(), self._affine())
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draw the latent vector at the guide's auxiliary site."""
-        law = GuideLaw(self.get_posterior(), self._constant_posterior() if self.stl else None)
+        self._keep_own_name()
+        flow, affine = self.flow, self._affine()
+        scorer = transported(self._constant(flow)(), affine.detach()) if self.stl else None
+        law = GuideLaw(flow(), affine, scorer)
         return pyro.sample(f"_{self._pyro_name}_latent", law, infer={"is_auxiliary": True})
 
-    def _constant_posterior(self) -> TransformedDistribution:
-        """The posterior with its parameters held constant; they are shared, not copied."""
-        affine = self._affine()
-        return transported(self._constant_flow()(), TriangularTransform(affine.loc.detach(), affine.tril.detach()))
-
-    def _constant_flow(self) -> GenerativeModel:
-        flow, view = self.flow, self.__dict__.get("_view")
-        if view is None or any(
-            p.data_ptr() != q.data_ptr() for p, q in zip(flow.parameters(), view.parameters(), strict=True)
-        ):
-            view = self.__dict__["_view"] = detached_copy(flow)
+    def _constant(self, flow: GenerativeModel) -> GenerativeModel:
+        """A view of the flow without gradient; made anew when the flow's tensors were replaced, as ``.to`` does."""
+        tensors = [t.data_ptr() for t in (*flow.parameters(), *flow.buffers())]
+        view, seen = self.__dict__.get("_view", (None, None))
+        if seen != tensors:
+            view = detached_copy(flow)
+            self.__dict__["_view"] = view, tensors
         return view
 
     # -- reading the posterior -----------------------------------------------------------------------------------
@@ -202,55 +230,94 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def sample_posterior(self, num_samples: int) -> dict[str, Tensor]:
         """Independent draws of every latent, ``(num_samples, *site_shape)``, in the model's units."""
-        self._check_ready()
-        latent = self.get_posterior().sample(Size([num_samples]))
-        draws, position = {}, 0
+        return self._constrain(self.get_posterior().sample(Size([num_samples])))
+
+    def _constrain(self, latent: Tensor) -> dict[str, Tensor]:
+        """Values of the sites of rows of latents, ``(rows, *site_shape)``."""
+        values, position = {}, 0
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             shape = self._unconstrained_shapes[name]
-            part = latent[:, position : position + shape.numel()].reshape((num_samples, *shape))
-            draws[name] = biject_to(site["fn"].support)(part)
+            part = latent[:, position : position + shape.numel()].reshape((len(latent), *shape))
+            values[name] = biject_to(site["fn"].support)(part)
             position += shape.numel()
-        return draws
+        return values
 
     @torch.no_grad()
     def median(self, *args: Any, num_samples: int = 10_000, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal posterior median of every entry of every latent, from draws."""
-        return {name: draws.quantile(0.5, 0) for name, draws in self.sample_posterior(num_samples).items()}
+        """Posterior median of every latent, from draws.
+
+        Taken for each unconstrained coordinate, so that it lies in the support, also of simplices and matrices; for
+        scalars and elementwise supports it is the marginal median of every entry.
+        """
+        latent = self.get_posterior().sample(Size([num_samples]))
+        return {name: value[0] for name, value in self._constrain(_quantile(latent, latent.new_tensor([0.5]))).items()}
 
     @torch.no_grad()
     def quantiles(
         self, quantiles: list[float] | Tensor, *args: Any, num_samples: int = 10_000, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Marginal posterior quantiles, ``(len(quantiles), *site_shape)``, from draws."""
+        """Marginal posterior quantiles of every entry of every latent, from draws.
+
+        Arguments:
+            quantiles: probabilities between 0 and 1.
+            num_samples: number of draws.
+
+        Returns:
+            ``(len(quantiles), *site_shape)`` for each site.
+        """
         draws = self.sample_posterior(num_samples)
-        return {k: v.quantile(torch.as_tensor(quantiles, dtype=v.dtype, device=v.device), 0) for k, v in draws.items()}
+        q = torch.as_tensor(quantiles)
+        return {name: _quantile(x, q.to(x)) for name, x in draws.items()}
 
     @torch.no_grad()
     def log_weights(self, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         """Log importance weights ``log p(x, data) - log q(x)`` of draws of the guide, ``(num_samples,)``, in nats.
 
-        Their log-mean-exp estimates the log evidence, and their Pareto tail index (``diagnostics.psis_khat``) says
-        whether the guide can be trusted. ``args`` and ``kwargs`` are the model's.
+        Their mean is the ELBO, their log-mean-exp estimates the log evidence, and their Pareto tail index
+        (``diagnostics.psis_khat``) says whether the guide can be trusted. ``args`` and ``kwargs`` are the model's.
         """
-        self._check_ready()
         posterior = self.get_posterior()
-        with poutine.block(), pyro.validation_enabled(False):
-            latent = posterior.sample(Size([num_samples]))
-            return self._log_density(latent[0], args, kwargs)(latent) - posterior.log_prob(latent)
+        latent = posterior.sample(Size([num_samples]))
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            joint = self._log_joint(latent[0], args, kwargs)
+        return joint(latent) - posterior.log_prob(latent)
 
     def _check_ready(self) -> None:
         if self.prototype_trace is None:
             raise RuntimeError("the guide has not met its model yet; run an SVI step, or call guide(*args), first.")
 
+    # -- copies --------------------------------------------------------------------------------------------------
 
-def _check_flow(flow: GenerativeModel) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        model, master = self._model, self.master
+        state = dict(super().__getstate__())  # drops the model, from this object too
+        self._model, self.master = model, master
+        state.pop("_view", None)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._model = self._model  # a program is not copied
+        return new
+
+
+def _check_flow(flow: nn.Module) -> None:
     name = type(flow).__name__
+    if not isinstance(flow, GenerativeModel):
+        raise TypeError(
+            f"flow: got {name}, needs a generative model such as gm.Flow(zuko_flow, direction='sampling'), or a "
+            "function features -> model."
+        )
     if flow.density is not Density.EXACT or not flow.has_rsample:
         raise DensityError(f"flow: {name} has no exact density with pathwise draws; a guide needs both (gm.Flow has).")
     if flow.context_shape:
         raise ShapeError(
             f"flow: {name} needs a context of shape {tuple(flow.context_shape)}; give an unconditional one."
         )
+    if flow.coordinates.native or not flow.coordinates.identity:
+        raise SupportError(f"flow: {name} lives on {flow.support}; a guide needs one over all real vectors.")
     if flow.slow_direction == "sample":
         raise SlowDirectionError(
             f"flow: {name} takes {flow.cost.sample} sequential calls from noise to data, {flow.cost.score} back, and a "
@@ -258,9 +325,31 @@ def _check_flow(flow: GenerativeModel) -> None:
         )
 
 
-def _value_and_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        values = log_density(leaf)
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    return values.detach(), gradient
+@torch.no_grad()
+def _reset(flow: GenerativeModel) -> None:
+    """Make the flow the identity on standard normal noise, from which the Gaussian start continues, or refuse."""
+    name, parameters = type(flow).__name__, list(flow.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"flow: {name} is frozen, and would be reset; give a fresh one, a function features -> flow, or "
+            "init='given'."
+        )
+    done = flow.start_at_identity()
+    law = flow()
+    z = law.base.sample(Size([16]))
+    white = Normal(torch.zeros_like(z), torch.ones_like(z)).log_prob(z).sum(-1)
+    if not (done and torch.allclose(law.push(z), z, atol=1e-3) and torch.allclose(law.base.log_prob(z), white)):
+        raise ValueError(
+            f"flow: {name} cannot be reset to the identity on standard normal noise, from which the Gaussian start "
+            "continues; use a fresh coupling, affine or spline flow, or init='given'."
+        )
+
+
+def _quantile(draws: Tensor, probabilities: Tensor) -> Tensor:
+    """Quantiles over the first dimension, linear between order statistics; ``torch.quantile`` has a limit of size."""
+    ordered = draws.sort(0).values
+    position = probabilities.flatten() * (len(draws) - 1)
+    below = position.floor().long().clamp(0, len(draws) - 1)
+    weight = (position - below).reshape(-1, *(1 for _ in draws.shape[1:]))
+    result = torch.lerp(ordered[below], ordered[(below + 1).clamp(max=len(draws) - 1)], weight)
+    return result.reshape(probabilities.shape + draws.shape[1:])

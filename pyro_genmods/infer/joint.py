@@ -64,7 +64,7 @@ class LogJoint:
         _quietly(lambda latent: self._run(latent, minibatches), probe)
         self.hidden_noise = any(not torch.equal(a, b) for a, b in zip(before, _noise_states(probe), strict=True))
         self._vmapped = torch.vmap(self._one, randomness="same", chunk_size=256)
-        self.vectorised = self._agrees(probe + 0.01 * torch.arange(2.0).to(probe)[:, None])
+        self.vectorised = _quietly(self._agrees, probe + 0.01 * torch.arange(2.0).to(probe)[:, None])
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Values at rows ``(rows, D)``, shape ``(rows,)``, in nats; differentiable."""
@@ -120,7 +120,7 @@ def _noise_states(place: Tensor) -> list[Tensor]:
 def _value_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Both at ``x``, from a noise of its own that is the same at every call."""
     devices = range(torch.cuda.device_count())
-    with torch.enable_grad(), torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+    with torch.enable_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         leaf = x.detach().requires_grad_()
         values = function(leaf)

@@ -98,13 +98,13 @@ class GuideTransform(Transform):
     def __init__(self, law: GenerativeDistribution, affine: TriangularTransform) -> None:
         super().__init__()
         self.law, self.affine = law, affine
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor, bool] | None = None
 
     def _call(self, z: Tensor) -> Tensor:
         x, log_prob = self.law.push_and_log_prob(z)
         y = self.affine(x)
         volume = self.law.base.log_prob(z) - log_prob + self.affine.log_abs_det_jacobian(x, y)
-        self._last = (z, y, volume)
+        self._last = (z, y, volume, torch.is_grad_enabled())
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -112,9 +112,12 @@ class GuideTransform(Transform):
 
     def log_abs_det_jacobian(self, z: Tensor, y: Tensor) -> Tensor:
         """Log of the absolute determinant of the Jacobian, shape of the leading dimensions."""
-        if self._last is None or self._last[0] is not z or self._last[1] is not y:
-            self._call(z)
-        return self._last[2]
+        if self._last is not None:
+            last_z, last_y, volume, with_graph = self._last
+            if last_z is z and last_y is y and (with_graph or not torch.is_grad_enabled()):
+                return volume
+        x, log_prob = self.law.push_and_log_prob(z)
+        return self.law.base.log_prob(z) - log_prob + self.affine.log_abs_det_jacobian(x, y)
 
 
 def transported(law: GenerativeDistribution, affine: TriangularTransform) -> TransformedDistribution:
@@ -178,5 +181,7 @@ class GuideLaw(TorchDistribution):
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """What Pyro's ELBOs differentiate; the entropy term is scored by the constant law if there is one."""
+        if not self.has_rsample:
+            return super().score_parts(x)
         log_prob = self.log_prob(x)
         return ScoreParts(log_prob, 0, log_prob if self.scorer is None else self.scorer.log_prob(x))

@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.nn import functional
 
-from .foundation.errors import FileFormatError
+from ..foundation.errors import FileFormatError
 
 __all__ = ["TRUSTED", "AllowList", "check_attribute", "constant_name", "is_findable", "name_of"]
 

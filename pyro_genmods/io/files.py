@@ -9,7 +9,7 @@ and the header's ``__metadata__`` has one entry ``pyro_genmods``, itself JSON: `
 safetensors reader opens it.
 
 The digest finds accidents: a file cut short in transit, a flipped bit. It does not say who wrote the file; that loading
-can run no code whoever wrote it is the business of :mod:`pyro_genmods.io_allowlist`.
+can run no code whoever wrote it is the business of :mod:`pyro_genmods.io.allowlist`.
 
 References:
     Hugging Face, safetensors, https://huggingface.co/docs/safetensors.
@@ -33,12 +33,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from .contract import GenerativeModel
-from .foundation.errors import FileFormatError
-from .io_allowlist import AllowList
-from .io_reader import Reader
-from .io_state import changed_attributes
-from .io_writer import Writer
+from ..contract import GenerativeModel
+from ..foundation.errors import FileFormatError
+from .allowlist import AllowList
+from .reader import Reader
+from .state import changed_attributes
+from .writer import Writer
 
 __all__ = ["describe", "load", "read_tensors", "save", "write_tensors"]
 

@@ -11,7 +11,7 @@ other values   numbers, strings, lists, tuples, dicts, sizes, dtypes, tensors, c
 
 In JSON, ``null``, booleans, numbers, strings and arrays stand for themselves; everything else is an object with one
 key that says what it is, such as ``{"tuple": [1, 2]}`` or ``{"tensor": "argument.0"}``. Modules and tensors that occur
-twice are written once, so what was shared stays shared. :mod:`pyro_genmods.io_reader` is the way back.
+twice are written once, so what was shared stays shared. :mod:`pyro_genmods.io.reader` is the way back.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from .foundation.errors import FileFormatError
-from .io_allowlist import check_attribute, constant_name, is_findable, name_of
-from .io_state import attributes_of, state_of
-from .mechanism import Mechanism
+from ..foundation.errors import FileFormatError
+from ..mechanism import Mechanism
+from .allowlist import check_attribute, constant_name, is_findable, name_of
+from .state import attributes_of, state_of
 
 __all__ = ["Writer"]
 

@@ -1,7 +1,7 @@
 """From JSON and tensors back to a model.
 
-Reading is a transcription of what :mod:`pyro_genmods.io_writer` wrote: no value is evaluated, names go through the
-:class:`~pyro_genmods.io_allowlist.AllowList`, and of everything that is built only the constructors of models are
+Reading is a transcription of what :mod:`pyro_genmods.io.writer` wrote: no value is evaluated, names go through the
+:class:`~pyro_genmods.io.allowlist.AllowList`, and of everything that is built only the constructors of models are
 called, with arguments that were built in the same way.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from .foundation.errors import FileFormatError
-from .io_allowlist import AllowList, check_attribute
-from .io_state import TRANSFORM_STATE, state_of
-from .mechanism import Mechanism
+from ..foundation.errors import FileFormatError
+from ..mechanism import Mechanism
+from .allowlist import AllowList, check_attribute
+from .state import TRANSFORM_STATE, state_of
 
 __all__ = ["Reader"]
 
@@ -74,7 +74,7 @@ class Reader:
         Arguments:
             node: what the Writer made of the model.
             changes: attributes that were set after construction, see
-                :func:`~pyro_genmods.io_state.changed_attributes`.
+                :func:`~pyro_genmods.io.state.changed_attributes`.
         """
         try:
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
