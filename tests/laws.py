@@ -39,8 +39,10 @@ class Law:
         event_shape: shape of an event.
         density: promised honesty of ``log_prob``.
         transport: whether there are ``base``, ``push`` and ``pull``.
-        networks: name of the submodules whose calls are the declared cost; empty if the run decides.
+        networks: name of the submodules whose calls are the declared cost.
+        adaptive: whether a solver decides the cost, and the rows of a batch share its steps.
         tolerance: of a log density in float32, in nats.
+        exactness: of a log density in float64: rounding, or the tolerance of a quadrature or solver.
         standardized: whether shift and scale are those of made-up data.
         costly: whether thousands of draws take seconds.
     """
@@ -54,7 +56,9 @@ class Law:
     density: gm.Density = gm.Density.EXACT
     transport: bool = True
     networks: str = "hyper"
+    adaptive: bool = False
     tolerance: float = 2e-4
+    exactness: float = 1e-6
     standardized: bool = False
     costly: bool = False
 
@@ -146,8 +150,9 @@ NEURAL: dict[str, Any] = {"signal": 4, "network": HIDDEN, "transforms": 1, **HID
 BERNSTEIN: dict[str, Any] = {"degree": 8, "transforms": 1, **HIDDEN}
 SQUARES: dict[str, Any] = {"degree": 3, "polynomials": 2, "transforms": 1, **HIDDEN}
 SOLVED: dict[str, Any] = {"tolerance": 1e-3}
-ODE: dict[str, Any] = {"tolerance": 5e-3, "networks": "", "costly": True}
+ODE: dict[str, Any] = {"tolerance": 5e-3, "exactness": 1e-4, "adaptive": True, "costly": True}
 COSTLY: dict[str, Any] = {"costly": True, **SOLVED}
+INTEGRAL: dict[str, Any] = {"exactness": 1e-4, **COSTLY}
 ON_CIRCLE: dict[str, Any] = {"support": circular}
 MIXTURE: dict[str, Any] = {"transport": False}
 
@@ -187,9 +192,9 @@ LAWS: tuple[Law, ...] = (
     flow("naf", F.NAF, facts=SOLVED, **NEURAL),
     flow("naf-context", F.NAF, context=2, facts=SOLVED, **NEURAL),
     flow("naf-sampling", F.NAF, direction="sampling", facts=COSTLY, **NEURAL),
-    flow("unaf", F.UNAF, facts=COSTLY, **NEURAL),
-    flow("unaf-context", F.UNAF, context=2, facts=COSTLY, **NEURAL),
-    flow("unaf-sampling", F.UNAF, direction="sampling", facts=COSTLY, **NEURAL),
+    flow("unaf", F.UNAF, facts=INTEGRAL, **NEURAL),
+    flow("unaf-context", F.UNAF, context=2, facts=INTEGRAL, **NEURAL),
+    flow("unaf-sampling", F.UNAF, direction="sampling", facts=INTEGRAL, **NEURAL),
     flow("sospf", F.SOSPF, facts=SOLVED, **SQUARES),
     flow("sospf-context", F.SOSPF, context=2, facts=SOLVED, **SQUARES),
     flow("sospf-sampling", F.SOSPF, direction="sampling", facts=COSTLY, **SQUARES),

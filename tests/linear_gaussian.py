@@ -11,7 +11,9 @@ The moments are read off zuko's own transform, not off the wrapper that is under
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -23,6 +25,7 @@ import pyro_genmods as gm
 import zuko  # isort: skip  (the package puts right what importing zuko changes)
 
 DOUBLE = torch.float64
+Model = Callable[..., Any]
 KINDS = {"maf": zuko.flows.MAF, "nice": zuko.flows.NICE}
 
 
@@ -70,6 +73,27 @@ def moments(flow: gm.Flow, context: Tensor | None = None) -> tuple[Tensor, Tenso
     return mean, matrix @ matrix.mT
 
 
+def measured(prior: gm.Flow, noise: float) -> Model:
+    """The program ``x ~ prior``, ``y ~ N(x, noise)``."""
+
+    def model(y: Tensor | None = None) -> Tensor:
+        x = pyro.sample("x", prior())
+        pyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+        return x
+
+    return model
+
+
+def plated(model: Model) -> Model:
+    """Independent copies of a program side by side, one for each row of ``y``."""
+
+    def copies(y: Tensor) -> None:
+        with pyro.plate("copies", len(y)):
+            model(y)
+
+    return copies
+
+
 @dataclass
 class LinearGaussian:
     """The model ``x ~ flow``, ``y ~ N(x, noise)`` and what follows from it, in double precision.
@@ -86,16 +110,15 @@ class LinearGaussian:
         self.mean, self.covariance = moments(self.prior)
         self.features = self.prior.features
 
-    def model(self, y: Tensor | None = None) -> Tensor:
-        """The Pyro program; ``y`` is ``(features,)`` or ``None``."""
-        x = pyro.sample("x", self.prior())
-        pyro.sample("y", dist.Normal(x, self.noise).to_event(1), obs=y)
-        return x
+    @property
+    def model(self) -> Model:
+        """The Pyro program of one measurement ``y``, ``(features,)`` or ``None``."""
+        return measured(self.prior, self.noise)
 
-    def plated(self, y: Tensor) -> None:
+    @property
+    def plated(self) -> Model:
         """Independent copies of the program side by side; ``y`` is ``(copies, features)``."""
-        with pyro.plate("copies", len(y)):
-            self.model(y)
+        return plated(self.model)
 
     def data(self, *batch: int) -> Tensor:
         """Made-up measurements ``(*batch, features)`` from the marginal law of ``y``, the same at every call."""

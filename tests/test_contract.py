@@ -271,7 +271,7 @@ def test_log_prob_is_repeatable(law):
     alone = law.distribution(8).log_prob(edited)
     assert close(law, d.log_prob(edited), alone, 1e-6), "an edit in place went unnoticed"
     single = torch.stack([d.log_prob(x[i].expand_as(x))[i] for i in range(8)])
-    assert close(law, first, single, law.tolerance if not law.networks else 1e-5), "a row depends on its neighbours"
+    assert close(law, first, single, law.tolerance if law.adaptive else 1e-5), "a row depends on its neighbours"
 
 
 @rows()
@@ -364,7 +364,7 @@ def test_value_and_density_together(law):
         d = law.distribution(*batch, dtype=DOUBLE)
         x, log_prob = d.rsample_and_log_prob((25,))
         assert x.shape == (25, *batch, *law.event_shape) and log_prob.shape == (25, *batch)
-        assert close(law, log_prob, d.log_prob(x), 1e-6 if law.networks else law.tolerance)
+        assert close(law, log_prob, d.log_prob(x), law.exactness)
         assert x.requires_grad and log_prob.requires_grad
 
 
@@ -374,7 +374,7 @@ def test_push_and_pull(law):
     d = law.distribution(5, dtype=DOUBLE)
     x = d.sample()
     z = d.pull(x)
-    tolerance = 1e-6 if law.networks else law.tolerance
+    tolerance = law.exactness
     assert z.shape == Size([5]) + shared(law).noise_shape
     assert torch.allclose(d.push(z), x, rtol=tolerance, atol=tolerance)
     z = z.detach().requires_grad_()
@@ -390,28 +390,28 @@ def test_push_and_pull(law):
     assert wide.shape == (3, 2, 5, *law.event_shape) and torch.allclose(wide[1, 1], x, rtol=tolerance, atol=tolerance)
 
 
-@rows(lambda law: law.density is not gm.Density.IMPLICIT, slow=lambda law: not law.networks)
+@rows(lambda law: law.density is not gm.Density.IMPLICIT, slow=lambda law: law.adaptive)
 def test_score_equals_finite_differences(law):
     d = law.distribution(4, dtype=DOUBLE)
     x = d.sample()
     score = d.score(x)
     assert score.shape == x.shape
-    bijection, h = unconstrain(law, d), 1e-3 if not law.networks else 1e-5
+    bijection, h = unconstrain(law, d), 1e-2 if law.adaptive else 1e-5
     u = bijection.inv(x)
     direction = torch.randn_like(u)
     ahead, behind = bijection(u + h * direction), bijection(u - h * direction)
     slope = (d.log_prob(ahead) - d.log_prob(behind)) / (2 * h)
     along = (score * (ahead - behind) / (2 * h)).flatten(1).sum(1)
-    assert close(law, along, slope, 1e-4 if law.networks else 1e-3)
+    assert close(law, along, slope, 1e-3 if law.adaptive else 1e-4)
     with torch.no_grad():
         assert torch.equal(d.score(x), score) and not d.score(x).requires_grad
     one = law.distribution(dtype=DOUBLE)
     assert close(
-        law, one.expand([3]).score(x[0]), one.score(x[0]).expand(3, *law.event_shape), 1e-9 if law.networks else 1e-4
+        law, one.expand([3]).score(x[0]), one.score(x[0]).expand(3, *law.event_shape), 1e-4 if law.adaptive else 1e-9
     )
 
 
-@rows(lambda law: law.density is not gm.Density.IMPLICIT, slow=lambda law: not law.networks)
+@rows(lambda law: law.density is not gm.Density.IMPLICIT, slow=lambda law: law.adaptive)
 def test_gradients_equal_finite_differences(law):
     """Of a score at a fixed value, and of a push and its density, with respect to parameters and context together."""
     model, context = law.make(DOUBLE), law.contexts(4, dtype=DOUBLE)
@@ -431,7 +431,7 @@ def test_gradients_equal_finite_differences(law):
         return total
 
     gradients = torch.autograd.grad(outcome(), inputs)
-    h = 1e-3 if not law.networks else 1e-6
+    h = 1e-2 if law.adaptive else 1e-6
     steps = [torch.randn_like(tensor) / math.sqrt(tensor.numel()) for tensor in inputs]
     values = []
     with torch.no_grad():
@@ -441,10 +441,10 @@ def test_gradients_equal_finite_differences(law):
             values.append(float(outcome()))
     slope = (values[0] - values[1]) / (2 * h)
     predicted = sum(float((g * step).sum()) for g, step in zip(gradients, steps, strict=True))
-    assert predicted == pytest.approx(slope, rel=1e-5 if law.networks else 1e-2, abs=1e-5 if law.networks else 1e-3)
+    assert predicted == pytest.approx(slope, rel=1e-2 if law.adaptive else 1e-5, abs=1e-3 if law.adaptive else 1e-5)
 
 
-@rows(lambda law: bool(law.networks))
+@rows(lambda law: not law.adaptive)
 def test_cost_is_the_number_of_calls(law):
     model, d = shared(law), law.distribution(4)
     counted = []

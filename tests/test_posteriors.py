@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -24,10 +23,9 @@ from torch.distributions import AffineTransform
 
 import pyro_genmods as gm
 
-from .linear_gaussian import DOUBLE, LinearGaussian, affine_flow, moments, zuko
+from .linear_gaussian import DOUBLE, LinearGaussian, Model, affine_flow, measured, moments, plated, zuko
 from .statistics import chain_standard_error
 
-Model = Callable[..., object]
 MEANS, SDS, ROUGHLY = 4.0, 0.05, 0.09  # standard errors; relative; relative, where draws are dear
 
 
@@ -263,31 +261,18 @@ def wavy_prior() -> gm.Flow:
     return gm.Flow(rough(zuko.flows.NSF(2, transforms=1, bins=6, hidden_features=(8,)), 0.8)).freeze()
 
 
-def wavy_truth(problem: SimpleNamespace, y: Tensor) -> tuple[Tensor, Tensor]:
-    double, axis = copy.deepcopy(problem.prior).double(), torch.linspace(-7, 7, 350).double()
-
-    def log_joint(points: Tensor) -> Tensor:
-        misfit = (y - points[:, None]) / problem.noise
-        return double().log_prob(points)[:, None] - 0.5 * misfit.square().sum(-1)
-
-    return quadrature(log_joint, axis, axis)
-
-
 def test_both_spaces_have_the_same_posterior_density():
     """Potential energies differ by the log-volume of the push and by nothing else."""
     prior = wavy_prior().double()
     y = torch.tensor([0.3, -0.8], dtype=DOUBLE)
 
-    def model() -> None:
-        x = pyro.sample("x", prior())
-        pyro.sample("y", dist.Normal(x, 0.6).to_event(1), obs=y)
-
+    model = measured(prior, 0.6)
     z = torch.randn(20, 2, dtype=DOUBLE)
     x, log_prob = prior().push_and_log_prob(z)
     volume = prior().base.log_prob(z) - log_prob
     energies = []
     for program, name, values in ((model, "x", x), (noisy(model), "x_base", z)):
-        _, potential, _, _ = initialize_model(program)
+        _, potential, _, _ = initialize_model(program, (y,))
         energies.append(torch.stack([potential({name: value}) for value in values]))
     assert torch.allclose(energies[0] - energies[1], volume, atol=1e-8)
     assert volume.std() > 0.1, "the flow is affine"
@@ -295,13 +280,18 @@ def test_both_spaces_have_the_same_posterior_density():
 
 @pytest.mark.parametrize("space", ["data", "noise"])
 def test_a_spline_flow_against_quadrature(space):
-    problem = SimpleNamespace(prior=wavy_prior(), noise=0.6)
-    y = problem.prior().sample((16,)) + problem.noise * torch.randn(16, 2)
-    mean, covariance = wavy_truth(problem, y)
-    program = LinearGaussian.plated.__get__(problem)
-    problem.model = LinearGaussian.model.__get__(problem)
+    prior, noise = wavy_prior(), 0.6
+    y = prior().sample((16,)) + noise * torch.randn(16, 2)
+    double, axis = copy.deepcopy(prior).double(), torch.linspace(-7, 7, 350).double()
+
+    def log_joint(points: Tensor) -> Tensor:
+        misfit = (y - points[:, None]) / noise
+        return double().log_prob(points)[:, None] - 0.5 * misfit.square().sum(-1)
+
+    mean, covariance = quadrature(log_joint, axis, axis)
+    model = plated(measured(prior, noise))
     if space == "data":
-        draws = chain(program, y, draws=200)["x"]
+        draws = chain(model, y, draws=200)["x"]
     else:
-        draws = push_base(problem.prior, chain(noisy(program), y, draws=200))
+        draws = push_base(prior, chain(noisy(model), y, draws=200))
     assert_chain(draws, mean, covariance, ROUGHLY)
