@@ -196,7 +196,7 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(event_shape)
         if split < 0 or value.shape[split:] != event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(event_shape)}).")
-        lead = value.shape[:split]
+        lead = Size(value.shape[:split])  # a tuple where Pyro tracks provenance
         if self.context is None:
             return lead, value.reshape((lead.numel(), *event_shape)), None
         lead = _broadcast("value", lead, self.batch_shape)

@@ -26,6 +26,7 @@ import pyro_genmods as gm
 from .linear_gaussian import DOUBLE, LinearGaussian, Model, affine_flow, measured, moments, plated, zuko
 from .statistics import chain_standard_error
 
+SLOW = pytest.mark.slow
 MEANS, SDS, ROUGHLY = 4.0, 0.05, 0.09  # standard errors; relative; relative, where draws are dear
 
 
@@ -34,11 +35,16 @@ def noisy(model: Model, *sites: str) -> Model:
     return poutine.reparam(model, dict.fromkeys(sites or ("x",), gm.infer.PushforwardReparam()))
 
 
-def chain(model: Model, *args: Tensor, kernel: type = NUTS, draws: int, warmup: int = 100, **settings) -> dict:
-    """Draws of every site of the model, deterministic ones included, each ``(draws, ...)``, in double precision."""
-    mcmc = MCMC(kernel(model, **settings), num_samples=draws, warmup_steps=warmup, disable_progbar=True)
+def hmc(model: Model) -> HMC:
+    """HMC whose trajectories are a quarter of a period long, at which draws of a Gaussian are independent."""
+    return HMC(model, step_size=0.4, trajectory_length=math.pi / 2)
+
+
+def chain(model: Model, *args: Tensor, draws: int, kernel: Callable = hmc, warmup: int = 100) -> dict[str, Tensor]:
+    """Draws of every latent site, ``(draws, ...)``."""
+    mcmc = MCMC(kernel(model), num_samples=draws, warmup_steps=warmup, disable_progbar=True)
     mcmc.run(*args)
-    return {name: values.detach() for name, values in mcmc.get_samples().items()}
+    return mcmc.get_samples()
 
 
 def push_base(prior: gm.Flow, draws: dict[str, Tensor], context: Tensor | None = None) -> Tensor:
@@ -112,21 +118,22 @@ def test_the_law_is_the_claimed_gaussian(name):
     assert torch.allclose(prior().log_prob(x), truth, atol=1e-9)
 
 
+def by(method: str, problem: LinearGaussian, model: Model, y: Tensor, draws: int) -> Tensor:
+    """Draws of ``x`` by one of the three chains."""
+    if method == "noise-space NUTS":
+        return push_base(problem.prior, chain(noisy(model), y, kernel=NUTS, draws=draws))
+    return chain(model, y, kernel=NUTS if method == "NUTS" else hmc, draws=draws)["x"]
+
+
 @pytest.mark.parametrize(("name", "method"), [("maf", "NUTS"), ("nice", "HMC"), ("maf-sampling", "noise-space NUTS")])
 def test_chains_on_many_copies(name, method):
     problem = LinearGaussian(affine_flow(**PRIORS[name]))
     y = problem.data(16)
     truth = problem.posterior(y)
-    if method == "HMC":
-        draws = chain(problem.plated, y, kernel=HMC, draws=300, step_size=0.5, num_steps=4)["x"]
-    elif method == "NUTS":
-        draws = chain(problem.plated, y, draws=260)["x"]
-    else:
-        draws = push_base(problem.prior, chain(noisy(problem.plated), y, draws=300))
-    assert_chain(draws, truth.mean, truth.covariance_matrix)
+    assert_chain(by(method, problem, problem.plated, y, draws=300), truth.mean, truth.covariance_matrix)
 
 
-@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("name", ["nice", pytest.param("maf", marks=SLOW), pytest.param("maf-sampling", marks=SLOW)])
 def test_guides(name):
     problem = LinearGaussian(affine_flow(**PRIORS[name]))
     y = problem.data()
@@ -141,19 +148,14 @@ def test_guides(name):
     assert weights.std() < 0.1 and abs(float(weights.mean() - problem.marginal.log_prob(y.to(DOUBLE)))) < 0.02
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("method", ["NUTS", "HMC", "noise-space NUTS"])
 @pytest.mark.parametrize("name", PRIORS)
 def test_chains_without_a_plate(name, method):
     problem = LinearGaussian(affine_flow(**PRIORS[name]))
     y = problem.data()
     truth = problem.posterior(y)
-    if method == "HMC":
-        draws = chain(problem.model, y, kernel=HMC, draws=5000, warmup=500, trajectory_length=1.5)["x"]
-    elif method == "NUTS":
-        draws = chain(problem.model, y, draws=4000, warmup=500)["x"]
-    else:
-        draws = push_base(problem.prior, chain(noisy(problem.model), y, draws=4000, warmup=500))
+    draws = by(method, problem, problem.model, y, draws=5000)
     assert_chain(draws[:, None], truth.mean, truth.covariance_matrix)
 
 
@@ -186,15 +188,15 @@ def conditional_posterior(prior: gm.Flow, y: Tensor, noise: float) -> tuple[Tens
     return mean + (y.to(DOUBLE) - origin) @ gain.mT, joint - gain @ joint[k:, :]
 
 
-def conditional_chain(prior: gm.Flow, noise: float, y: Tensor, space: str, draws: int = 200) -> Tensor:
+def conditional_chain(prior: gm.Flow, noise: float, y: Tensor, space: str) -> Tensor:
     """Draws of ``(c, x)``, ``(draws, copies, context + features)``, from inference in either space."""
     model = conditional_program(prior, noise)
-    found = chain(model if space == "data" else noisy(model), y, draws=draws)
+    found = chain(model if space == "data" else noisy(model), y, draws=300)
     x = found["x"] if space == "data" else push_base(prior, found, found["c"])
     return torch.cat([found["c"], x], -1)
 
 
-@pytest.mark.parametrize("space", ["data", "noise"])
+@pytest.mark.parametrize("space", [pytest.param("data", marks=SLOW), "noise"])
 def test_an_affine_context_has_a_closed_form(space):
     prior, noise = affine_flow("maf", 2, context=1), 0.8
     y = moments(prior, torch.zeros(1))[0].float() + 1.5 * torch.randn(16, 2)
@@ -202,7 +204,7 @@ def test_an_affine_context_has_a_closed_form(space):
     assert_chain(conditional_chain(prior, noise, y, space), mean, covariance, ROUGHLY)
 
 
-@pytest.mark.slow
+@SLOW
 def test_an_affine_context_under_guides():
     prior, noise = affine_flow("maf", 2, context=1), 0.8
     y = torch.tensor([[0.6, -1.1]])
@@ -240,7 +242,7 @@ def rough(network: torch.nn.Module, roughness: float, seed: int = 3) -> torch.nn
     return network
 
 
-@pytest.mark.parametrize("space", ["data", "noise"])
+@pytest.mark.parametrize("space", ["data", pytest.param("noise", marks=SLOW)])
 def test_a_nonlinear_context_against_quadrature(space):
     """``x | c`` has mean and scale that are nonlinear in ``c``; every copy has its own two-dimensional integral."""
     prior = gm.Flow(rough(zuko.flows.MAF(1, context=1, transforms=1, hidden_features=(8,)), 0.5)).freeze()
@@ -258,7 +260,7 @@ def test_a_nonlinear_context_against_quadrature(space):
 
 def wavy_prior() -> gm.Flow:
     """A two-dimensional spline flow far from any Gaussian."""
-    return gm.Flow(rough(zuko.flows.NSF(2, transforms=1, bins=6, hidden_features=(8,)), 0.8)).freeze()
+    return gm.Flow(rough(zuko.flows.NSF(2, transforms=1, bins=4, hidden_features=(8,)), 0.3)).freeze()
 
 
 def test_both_spaces_have_the_same_posterior_density():
@@ -278,7 +280,7 @@ def test_both_spaces_have_the_same_posterior_density():
     assert volume.std() > 0.1, "the flow is affine"
 
 
-@pytest.mark.parametrize("space", ["data", "noise"])
+@pytest.mark.parametrize("space", [pytest.param("data", marks=SLOW), "noise"])
 def test_a_spline_flow_against_quadrature(space):
     prior, noise = wavy_prior(), 0.6
     y = prior().sample((16,)) + noise * torch.randn(16, 2)
@@ -290,8 +292,50 @@ def test_a_spline_flow_against_quadrature(space):
 
     mean, covariance = quadrature(log_joint, axis, axis)
     model = plated(measured(prior, noise))
-    if space == "data":
-        draws = chain(model, y, draws=200)["x"]
-    else:
-        draws = push_base(prior, chain(noisy(model), y, draws=200))
+    found = chain(model if space == "data" else noisy(model), y, draws=300)
+    assert_chain(found["x"] if space == "data" else push_base(prior, found), mean, covariance, ROUGHLY)
+
+
+# -- a flow as a likelihood -------------------------------------------------------------------------------------------
+
+
+def test_a_likelihood_with_a_latent_context():
+    """Every copy has five events of one unknown context, whose posterior is a one-dimensional integral."""
+    flow = gm.Flow(rough(zuko.flows.NICE(2, context=1, transforms=2, hidden_features=(8,)), 0.4)).freeze()
+    data = flow(torch.randn(16, 1, 1)).expand([16, 5]).sample()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("copies", 16, dim=-2):
+            c = pyro.sample("c", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            with pyro.plate("data", 5, dim=-1):
+                pyro.sample("x", flow(c), obs=x)
+
+    def log_joint(points: Tensor) -> Tensor:
+        terms = copy.deepcopy(flow).double()(points[:, None, None]).log_prob(data.double())
+        return terms.sum(-1) - 0.5 * points.square()
+
+    mean, covariance = quadrature(log_joint, torch.linspace(-6, 6, 500).double())
+    assert covariance.flatten().sqrt().min() < 0.7, "the data say nothing about the context"
+    draws = chain(model, data, draws=300)["c"][:, :, 0]
+    assert_chain(draws, mean, covariance, ROUGHLY)
+
+
+def test_a_likelihood_that_is_moved_by_a_latent():
+    """A flow is a base of ordinary Pyro transformations: its noise-like errors around an unknown location."""
+    errors = wavy_prior()
+    data = errors().sample((16, 4)) + torch.randn(16, 1, 1)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("copies", 16, dim=-2):
+            location = pyro.sample("location", dist.Normal(0.0, 2.0))
+            with pyro.plate("data", 4, dim=-1):
+                move = AffineTransform(location[..., None], 1.0, event_dim=1)
+                pyro.sample("x", dist.TransformedDistribution(errors(), [move]), obs=x)
+
+    def log_joint(points: Tensor) -> Tensor:
+        terms = copy.deepcopy(errors).double()().log_prob(data.double() - points[..., None, None])
+        return terms.sum(-1) - 0.125 * points.square()
+
+    mean, covariance = quadrature(log_joint, torch.linspace(-5, 5, 400).double())
+    draws = chain(model, data, draws=300)["location"]
     assert_chain(draws, mean, covariance, ROUGHLY)

@@ -37,6 +37,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 START_SCALE = 0.1  # standard deviation of Pyro's own normal guides at their start
 RATE = 0.5
+LONGEST = 0.4  # of a step, in standard deviations and per root of the dimension; one where that is more
 SCALES = (1e-15, 1e15)  # an improper density has no best scale; stop long before overflow
 
 
@@ -59,7 +60,7 @@ def fit_gaussian(log_density: LogDensity, start: Tensor, steps: int = 500, draws
         log_density: maps ``(draws, D)`` to ``(draws,)``, differentiable; in nats. May be random, if unbiased.
         start: where to begin, ``(D,)``, with standard deviation 0.1.
         steps: gradient steps, of linearly falling size; the last quarter is averaged.
-        draws: draws of each step; default the larger of 64 and ``D``.
+        draws: draws of each step; default the larger of 64 and ``2 D``. With fewer the steps are smaller.
 
     Returns:
         The fit, or the start if the fit has no higher lower bound.
@@ -73,7 +74,7 @@ def fit_gaussian(log_density: LogDensity, start: Tensor, steps: int = 500, draws
     """
     loc = start.detach()
     tril = START_SCALE * torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-    draws = max(64, len(loc)) if draws is None else draws
+    draws = max(64, 2 * len(loc)) if draws is None else draws
     fitted = _ascend(log_density, loc, tril, steps, draws + draws % 2)
     before, after = _elbo(log_density, loc, tril, draws), _elbo(log_density, *fitted, draws)
     return Gaussian(*fitted, after) if after > before else Gaussian(loc, tril, before)
@@ -81,11 +82,12 @@ def fit_gaussian(log_density: LogDensity, start: Tensor, steps: int = 500, draws
 
 def _ascend(log_density: LogDensity, loc: Tensor, tril: Tensor, steps: int, draws: int) -> tuple[Tensor, Tensor]:
     """Mean and factor after the natural gradient steps, averaged over their last quarter."""
-    rate = RATE * min(1.0, draws / (2 * len(loc)))  # fewer draws than dimensions: a noisy B
+    enough = min(1.0, draws / (2 * len(loc)))  # with few draws B has low rank and much noise
+    rate, longest = RATE * enough, max(1.0, LONGEST * enough * math.sqrt(len(loc)))
     safe, damping, averaged = None, 1.0, 0
     mean_loc, mean_tril = torch.zeros_like(loc), torch.zeros_like(tril)
     for step in range(steps):
-        moved = _step(log_density, loc, tril, draws, damping * rate * (1 - step / steps))
+        moved = _step(log_density, loc, tril, draws, damping * rate * (1 - step / steps), longest)
         if moved is None:
             damping /= 2
             if damping < 1e-3:
@@ -103,9 +105,9 @@ def _ascend(log_density: LogDensity, loc: Tensor, tril: Tensor, steps: int, draw
 
 
 def _step(
-    log_density: LogDensity, loc: Tensor, tril: Tensor, draws: int, rate: float
+    log_density: LogDensity, loc: Tensor, tril: Tensor, draws: int, rate: float, longest: float
 ) -> tuple[Tensor, Tensor, float] | None:
-    """One natural gradient step of at most unit length, and its length per unit of rate; ``None`` where it fails."""
+    """One natural gradient step of bounded length, and its length per unit of rate; ``None`` where it fails."""
     half = torch.randn(draws // 2, len(loc), dtype=loc.dtype, device=loc.device)
     z = torch.cat([half, -half])
     gradient = _gradient(log_density, loc + z @ tril.mT)
@@ -117,7 +119,7 @@ def _step(
     size = float((a.square().sum() + b.square().sum()).sqrt())
     if not math.isfinite(size):
         return None
-    rate = min(rate, 1.0 / max(size, 1e-30))
+    rate = min(rate, longest / max(size, 1e-30))
     factor = rate * b.tril(-1) + (rate * b.diagonal()).exp().diag()
     loc, tril = loc + rate * (tril @ a), tril @ factor
     low, high = tril.diagonal().aminmax()

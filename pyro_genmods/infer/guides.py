@@ -158,7 +158,7 @@ class AutoFlow(AutoContinuous):
         joint = self._log_joint(start, args, kwargs)
         if joint.hidden_noise:
             return None
-        most = max(64, len(start)) if joint.vectorised else 8
+        most = max(64, 2 * len(start)) if joint.vectorised else 8
         draws = min(most, max(8, TERMS // max(joint.terms, 1)))
         return fit_gaussian(joint, start, self.gaussian_steps, draws)
 
