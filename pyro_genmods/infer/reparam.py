@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
-from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 from torch.distributions import Independent
@@ -78,7 +78,7 @@ class PushforwardReparam(Reparam):
         return {"fn": Delta(x, event_dim=fn.event_dim).mask(False), "value": x, "is_observed": True}
 
     def _observe(
-        self, name: str, fn: TorchDistribution, law: Any, base: TorchDistribution, value: Tensor
+        self, name: str, fn: TorchDistributionMixin, law: Any, base: TorchDistributionMixin, value: Tensor
     ) -> dict[str, Any]:
         try:
             z, log_prob = law.pull(value), fn.log_prob(value)
@@ -92,7 +92,7 @@ class PushforwardReparam(Reparam):
         return {"fn": Delta(value, log_density, event_dim=fn.event_dim), "value": value, "is_observed": True}
 
 
-def _unwrap(fn: TorchDistribution) -> tuple[Any, Callable[[TorchDistribution], TorchDistribution]]:
+def _unwrap(fn: TorchDistributionMixin) -> tuple[Any, Callable[[TorchDistributionMixin], TorchDistributionMixin]]:
     """The pushforward inside ``to_event``, ``mask`` and ``expand``, and how to wrap its base the same way."""
     if isinstance(fn, Independent):
         law, wrap = _unwrap(fn.base_dist)
