@@ -84,6 +84,7 @@ def _ascend(log_density: LogDensity, loc: Tensor, tril: Tensor, steps: int, draw
     """Mean and factor after the natural gradient steps, averaged over their last quarter."""
     enough = min(1.0, draws / (2 * len(loc)))  # with few draws B has low rank and much noise
     rate, longest = RATE * enough, max(1.0, LONGEST * enough * math.sqrt(len(loc)))
+    exact = torch.finfo(loc.dtype).eps ** 0.5
     safe, damping, averaged = None, 1.0, 0
     mean_loc, mean_tril = torch.zeros_like(loc), torch.zeros_like(tril)
     for step in range(steps):
@@ -99,7 +100,7 @@ def _ascend(log_density: LogDensity, loc: Tensor, tril: Tensor, steps: int, draw
         loc, tril, size = moved
         if step >= 0.75 * steps:
             mean_loc, mean_tril, averaged = mean_loc + loc, mean_tril + tril, averaged + 1
-        if size < 1e-5:
+        if size < exact:
             return loc, tril
     return (mean_loc / averaged, mean_tril / averaged) if averaged else (safe or (loc, tril))
 

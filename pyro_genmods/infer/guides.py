@@ -144,7 +144,7 @@ class AutoFlow(AutoContinuous):
             self.stl = flow.slow_direction != "score"
 
     def _chosen_flow(self, start: Tensor) -> GenerativeModel:
-        choice = self._flow_choice[0] or type(self).default_flow
+        choice = type(self).default_flow if self._flow_choice[0] is None else self._flow_choice[0]
         flow = choice if isinstance(choice, nn.Module) else choice(self.latent_dim)
         _check_flow(flow)
         if flow.event_shape != (self.latent_dim,):
