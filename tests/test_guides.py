@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -54,7 +55,7 @@ def light(features: int) -> gm.Flow:
 
 
 class LinearGaussian:
-    """Three correlated latents in two sites, with closed forms: ``x ~ N(0, S)``, ``a ~ N(1, 2)``, ``y ~ N(x + a, 0.5)``."""
+    """Latents ``x ~ N(0, S)`` in two dimensions and ``a ~ N(1, 4)``, data ``y ~ N(x + a, 1/4)``."""
 
     cov = double([[4.0, 1.9], [1.9, 1.0]])
     y = double([1.0, -0.5])
@@ -63,8 +64,7 @@ class LinearGaussian:
         y = self.y if y is None else y
         x = pyro.sample("x", dist.MultivariateNormal(torch.zeros(2, dtype=DOUBLE), self.cov))
         a = pyro.sample("a", dist.Normal(double(1.0), 2.0))
-        with pyro.plate("data", 2):
-            pyro.sample("y", dist.Normal(x + a[..., None], 0.5), obs=y)
+        pyro.sample("y", dist.Normal(x + a[..., None], 0.5).to_event(1), obs=y)
 
     @property
     def posterior(self) -> torch.distributions.MultivariateNormal:
@@ -122,6 +122,10 @@ def bound_of(model, guide: AutoMultivariateNormal, draws: int = 4000) -> tuple[f
     with torch.no_grad():
         values = -double([elbo.loss(model, guide) for _ in range(draws // 100)])
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def report(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_minibatches():
             pyro.sample("x", dist.Normal(loc[..., None] if loc.dim() else loc, 1.0), obs=x[rows])
 
     guide = AutoFlow(model, lambda d: gm.Flow(zuko.flows.NSF(d, transforms=1, hidden_features=(8,)), "sampling"))
-    train(model, guide, 300, 3e-2, particles=1)
+    train(model, guide, 200, 3e-2, particles=1)
     draws = guide.sample_posterior(4000)["loc"]
     sd = 1 / math.sqrt(500.01)
     assert abs(float(draws.mean() - x.sum() * sd**2)) < sd
@@ -244,11 +248,12 @@ def test_enumerated_sites_hidden_from_the_guide():
             z = pyro.sample("z", dist.Bernoulli(weight), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(8 * z - 4, 1.0), obs=x)
 
-    guide = AutoFlow(poutine.block(model, hide=["z"]))
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), TraceEnum_ELBO(max_plate_nesting=1))
+    guide = AutoFlow(poutine.block(model, hide=["z"]), light_1)
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.98})
+    svi = SVI(model, guide, optimizer, TraceEnum_ELBO(max_plate_nesting=1))
     svi.step()
     assert torch.allclose(guide.centre, guide._init_loc()) and torch.equal(guide.whitener, torch.eye(1))
-    for _ in range(400):
+    for _ in range(250):
         svi.step()
     draws = guide.sample_posterior(4000)["weight"]
     truth = dist.Beta(21.0, 41.0)
@@ -281,7 +286,7 @@ TARGETS = {"banana": (banana, 2), "funnel": (funnel, 0), "schools": (schools, 1)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name, record_property):
+def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name):
     model, _ = TARGETS[name]
     normal = AutoMultivariateNormal(model)
     train(model, normal, 2500, 1e-2)
@@ -293,7 +298,7 @@ def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name
     train(model, guide, 1500, 5e-3)
     last, last_error = bound(guide)
     khat = gm.diagnostics.psis_khat(guide.log_weights(4000))
-    print(f"{name}: normal {value:.3f}, start {first:.3f}, end {last:.3f}, k-hat {khat:.2f}")
+    report(f"{name}: normal {value:.3f}, start {first:.3f}, end {last:.3f}, k-hat {khat:.2f}")
     assert last > value + 5 * math.hypot(error, last_error)
     if name != "schools":  # normalised: the log evidence is zero
         assert -0.3 < last < 5 * last_error
@@ -301,13 +306,13 @@ def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name
 
 def test_the_first_bound_on_a_short_run():
     normal = AutoMultivariateNormal(banana)
-    train(banana, normal, 800, 2e-2)
+    train(banana, normal, 400, 5e-2)
     value, error = bound_of(banana, normal)
     guide = AutoFlow(banana, light)
     guide()
     first, first_error = bound(guide)
     assert first >= value - 2 * math.hypot(error, first_error)
-    train(banana, guide, 400, 1e-2)
+    train(banana, guide, 200, 2e-2)
     last, last_error = bound(guide)
     assert last > value + 5 * math.hypot(error, last_error)
 
@@ -330,15 +335,15 @@ def test_shapes_and_supports():
     guide = AutoFlow(many_supports, light)
     trace = poutine.trace(guide).get_trace()
     model = poutine.trace(poutine.replay(many_supports, trace)).get_trace()
-    assert math.isfinite(float(model.log_prob_sum() - trace.log_prob_sum()))
+    assert math.isfinite(float(model.log_prob_sum().detach() - trace.log_prob_sum().detach()))
     draws, median, band = guide.sample_posterior(7), guide.median(), guide.quantiles([0.1, 0.5, 0.9])
-    for name, site in model.iter_stochastic_nodes():
-        shape, support = site["value"].shape, site["fn"].support
+    assert set(draws) == {"scale", "angle", "row", "cell", "factor", "tril"}
+    for name in draws:
+        shape, support = model.nodes[name]["value"].shape, model.nodes[name]["fn"].support
         assert trace.nodes[name]["value"].shape == shape
         assert draws[name].shape == (7, *shape) and support.check(draws[name]).all()
         assert median[name].shape == shape and support.check(median[name]).all(), f"median of {name}"
         assert band[name].shape == (3, *shape) and (band[name].diff(dim=0) >= 0).all()
-    assert {"scale", "angle", "row", "cell", "factor", "tril"} <= set(draws)
 
 
 def test_vectorised_particles_keep_the_sites_apart():
@@ -404,7 +409,7 @@ def test_one_latent_against_quadrature():
     cdf = density.cumsum(0)
     truth = torch.tensor(np.interp([0.05, 0.5, 0.95], cdf / cdf[-1], grid))
     guide = AutoFlow(model)
-    train(model, guide, 250, 1e-2)
+    train(model, guide, 120, 2e-2)
     assert guide.latent_dim == 1
     found = guide.quantiles([0.05, 0.5, 0.95], num_samples=40_000)["rate"]
     assert ((found - truth).abs() < 0.02 * (truth[2] - truth[0])).all(), (found, truth)
@@ -462,12 +467,25 @@ def test_posterior_scores_any_point_and_integrates_to_one():
         assert_mean((posterior.log_prob(x) - wide.log_prob(x)).exp(), 1.0)
 
 
+def test_neutra_is_the_same_density_in_other_coordinates():
+    guide = bent_guide()
+    model, transform = NeuTraReparam(guide).reparam(linear), guide.get_transform()
+    for z in torch.randn(4, 3, dtype=DOUBLE):
+        trace = poutine.trace(poutine.condition(model, {"x_shared_latent": z})).get_trace()
+        latent = transform(z)
+        values = {"x": latent[:2], "a": latent[2]}
+        truth = poutine.trace(poutine.condition(linear, values)).get_trace().log_prob_sum()
+        assert torch.allclose(trace.nodes["x"]["value"], values["x"])
+        assert torch.allclose(trace.log_prob_sum(), truth + transform.log_abs_det_jacobian(z, latent), atol=1e-9)
+
+
+@pytest.mark.slow
 def test_neutra_recovers_the_posterior():
     """Whatever the guide, NUTS in its noise space has the exact posterior."""
     guide = bent_guide()
     neutra = NeuTraReparam(guide)
     model = neutra.reparam(linear)
-    mcmc = MCMC(NUTS(model, max_tree_depth=5), num_samples=300, warmup_steps=120, disable_progbar=True)
+    mcmc = MCMC(NUTS(model, max_tree_depth=5), num_samples=400, warmup_steps=150, disable_progbar=True)
     mcmc.run()
     with torch.no_grad():
         z = mcmc.get_samples()["x_shared_latent"]
@@ -787,13 +805,19 @@ def test_without_a_parameter_store():
         assert not pyro.get_param_store()
 
 
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
 def resident() -> int:
     """Resident memory in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of memory")
-def test_a_thousand_steps_in_flat_memory_and_time():
+@pytest.mark.parametrize("steps", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_memory_and_time_are_flat(steps):
     guide = AutoFlow(banana, light)
     svi = SVI(banana, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
 
@@ -803,15 +827,11 @@ def test_a_thousand_steps_in_flat_memory_and_time():
             svi.step()
         return (time.process_time() - start) / steps
 
-    def tensors() -> int:
-        gc.collect()
-        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
-
-    run(100)
-    early, count, memory = run(100), tensors(), resident()
-    run(700)
-    late = run(100)
-    assert tensors() <= count
+    run(50)
+    early, count, memory = run(50), tensors_alive(), resident()
+    run(steps - 100)
+    late = run(50)
+    assert tensors_alive() <= count
     assert resident() - memory < 4 * 2**20
     assert late < 2 * early
 
@@ -824,7 +844,6 @@ def test_neutra_keeps_no_graphs():
     def run(times: int) -> int:
         for _ in range(times):
             poutine.trace(model).get_trace().log_prob_sum().backward()
-        gc.collect()
-        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+        return tensors_alive()
 
     assert run(50) <= run(3)

@@ -74,16 +74,16 @@ class LogJoint:
         return torch.stack([self._one(latent) for latent in latents])
 
     def _one(self, latent: Tensor) -> Tensor:
-        values, volume = self._constrain(latent)
+        values, volume = self.constrain(latent)
         return self._trace(values).log_prob_sum() + volume
 
     def _run(self, latent: Tensor, minibatches: Mapping[str, Tensor] | None = None) -> poutine.Trace:
-        return self._trace(self._constrain(latent)[0] | dict(minibatches or {}))
+        return self._trace(self.constrain(latent)[0] | dict(minibatches or {}))
 
     def _trace(self, values: Mapping[str, Tensor]) -> poutine.Trace:
         return poutine.trace(poutine.condition(self._model, values)).get_trace(*self._args, **self._kwargs)
 
-    def _constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def constrain(self, latent: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Values of the sites of one row, and the log-volume of the bijections to their supports."""
         values, position, volume = {}, 0, latent.new_zeros(())
         for name, (support, shape) in self._sites.items():
