@@ -35,7 +35,7 @@ def test_the_bound_is_at_least_that_of_a_normal_guide(name, capsys):
     row = compare(module, name, steps=1000, particles=1, draws=4000)
     with capsys.disabled():
         print(f"\n{name}: normal {row['normal elbo']:.3f} (k-hat {row['normal khat']:.2f}), "
-              f"flow {row['flow elbo']:.3f} (k-hat {row['flow khat']:.2f})")  # noqa: T201  # fmt: skip
+              f"flow {row['flow elbo']:.3f} (k-hat {row['flow khat']:.2f})")  # fmt: skip
     error = (row["flow error"] ** 2 + row["normal error"] ** 2) ** 0.5
     assert row["flow elbo"] >= row["normal elbo"] - 4 * error
     assert row["flow elbo"] <= EVIDENCE[name] + 5 * row["flow error"] + 0.01
