@@ -462,7 +462,9 @@ def _third_parties(*folders: str) -> set[str]:
         for path, source in read(ROOT / folder).items()
         for use in uses(path, source)
     }
-    ours = {PACKAGE, "", "tests", "benchmarks"} | {path.stem for folder in folders for path in (ROOT / folder).glob("*.py")}
+    ours = {PACKAGE, "", "tests", "benchmarks"} | {
+        path.stem for folder in folders for path in (ROOT / folder).glob("*.py")
+    }
     return found - set(sys.stdlib_module_names) - ours
 
 

@@ -306,13 +306,13 @@ def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name
 
 def test_the_first_bound_on_a_short_run():
     normal = AutoMultivariateNormal(banana)
-    train(banana, normal, 400, 5e-2)
+    train(banana, normal, 250, 5e-2)
     value, error = bound_of(banana, normal)
-    guide = AutoFlow(banana, light)
+    guide = AutoFlow(banana)
     guide()
     first, first_error = bound(guide)
     assert first >= value - 2 * math.hypot(error, first_error)
-    train(banana, guide, 200, 2e-2)
+    train(banana, guide, 100, 2e-2)
     last, last_error = bound(guide)
     assert last > value + 5 * math.hypot(error, last_error)
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from pyro.distributions import Delta, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution, TorchDistributionMixin
 from pyro.infer.reparam.reparam import Reparam
@@ -64,17 +65,17 @@ class PushforwardReparam(Reparam):
         name, fn, value = msg["name"], msg["fn"], msg["value"]
         law, wrap = _unwrap(fn)
         if not (hasattr(law, "base") and hasattr(law, "push")):
-            raise TypeError(
-                f"site {name!r}: PushforwardReparam needs a distribution with base and push, got {type(law).__name__}; "
-                "remove the site from the reparam config."
-            )
-        _warn_if_slow(name, law)
+            raise TypeError(_not_a_pushforward(name, law))
         base = wrap(law.base)
         if msg["is_observed"]:
             return self._observe(name, fn, law, base, value)
+        _warn_if_slow(name, law)
         noise = _noise_of(law, value)
         z = pyro.sample(f"{name}_base", base, obs=noise, infer={"is_observed": False})
-        x = law.push(z) if noise is None else value
+        try:
+            x = law.push(z) if noise is None else value
+        except DensityError as error:
+            raise TypeError(_not_a_pushforward(name, law)) from error
         return {"fn": Delta(x, event_dim=fn.event_dim).mask(False), "value": x, "is_observed": True}
 
     def _observe(
@@ -87,6 +88,8 @@ class PushforwardReparam(Reparam):
                 f"site {name!r} is observed and its distribution {law} has no inverse or no density; "
                 "observe it through a likelihood (x = pyro.sample(...); pyro.sample('y', Normal(x, s), obs=y))."
             ) from error
+        # A value outside the support has no noise, and that its density is zero is for log_prob to say.
+        z = torch.where(z.isnan(), 0, z)
         pyro.sample(f"{name}_base", base, obs=z)
         log_density = log_prob - base.log_prob(z)
         return {"fn": Delta(value, log_density, event_dim=fn.event_dim), "value": value, "is_observed": True}
@@ -115,6 +118,13 @@ def _noise_of(law: Any, value: Tensor | None) -> Tensor | None:
     except (AttributeError, DensityError):
         return None
     return noise if bool(noise.isfinite().all()) else None
+
+
+def _not_a_pushforward(name: str, law: Any) -> str:
+    return (
+        f"site {name!r}: PushforwardReparam needs a distribution with base and push, got {law}; remove the site from "
+        f"the reparam config (under obs_mask, name the sites '{name}_observed' and '{name}_unobserved' instead)."
+    )
 
 
 def _warn_if_slow(name: str, law: Any) -> None:
