@@ -312,7 +312,7 @@ def test_the_first_bound_on_a_short_run():
     guide()
     first, first_error = bound(guide)
     assert first >= value - 2 * math.hypot(error, first_error)
-    train(banana, guide, 100, 2e-2)
+    train(banana, guide, 400, 1e-2)
     last, last_error = bound(guide)
     assert last > value + 5 * math.hypot(error, last_error)
 
