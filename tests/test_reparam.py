@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import HMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer import HMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoMultivariateNormal,
@@ -238,6 +238,25 @@ def test_context_from_an_upstream_latent():
     assert torch.allclose(value["x"], prior(value["c"]).push(value["x_base"]))
     total = white(value["c_base"]) + white(value["x_base"]).sum()
     assert torch.allclose(trace.log_prob_sum(), total, rtol=1e-5)
+
+
+def test_an_enumerated_cause():
+    """The context is enumerated: one noise, as many values as causes, and the bound sums over them."""
+    prior, contexts, weights = affine_flow("nice", context=1), torch.randn(3, 1), torch.tensor([0.2, 0.3, 0.5])
+    y, z = torch.tensor([0.4, -0.3]), torch.tensor([1.0, -0.5])
+
+    @config_enumerate
+    def model() -> None:
+        k = pyro.sample("k", dist.Categorical(weights))
+        x = pyro.sample("x", prior(contexts[k]))
+        pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    def guide() -> None:
+        pyro.sample("x_base", dist.Delta(z, event_dim=1))
+
+    loss = TraceEnum_ELBO(max_plate_nesting=0).loss(noisy(model), guide)
+    terms = weights.log() + dist.Normal(prior(contexts).push(z), 0.5).log_prob(y).sum(-1)
+    assert loss == pytest.approx(-float(white(z) + terms.logsumexp(-1)), abs=1e-4)
 
 
 def test_an_event_outside_the_support_has_no_density():

@@ -37,6 +37,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 START_SCALE = 0.1  # standard deviation of Pyro's own normal guides at their start
 RATE = 0.5
+OUTLIER = 5.0  # a draw pulls at most so many times as hard as the median draw
 LONGEST = 0.4  # of a step, in standard deviations and per root of the dimension; one where that is more
 SCALES = (1e-15, 1e15)  # an improper density has no best scale; stop long before overflow
 
@@ -115,6 +116,8 @@ def _step(
     if gradient is None:
         return None
     v = gradient @ tril + z
+    length = v.norm(dim=-1, keepdim=True)
+    v = v * (OUTLIER * length.median() / length).clamp(max=1)  # far out a learned law may fall off without measure
     a, b = v.mean(0), (v.mT @ z / draws).tril()
     b.diagonal().mul_(0.5)
     size = float((a.square().sum() + b.square().sum()).sqrt())
