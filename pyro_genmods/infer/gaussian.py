@@ -37,7 +37,7 @@ LogDensity = Callable[[Tensor], Tensor]
 
 START_SCALE = 0.1  # standard deviation of Pyro's own normal guides at their start
 RATE = 0.5
-OUTLIER = 5.0  # a draw pulls at most so many times as hard as the median draw
+OUTLIER = 1e3  # a draw pulls at most so many times as hard as the median draw
 LONGEST = 0.4  # of a step, in standard deviations and per root of the dimension; one where that is more
 SCALES = (1e-15, 1e15)  # an improper density has no best scale; stop long before overflow
 
