@@ -48,7 +48,7 @@ noise_space = poutine.reparam(model, {"digit": gm.infer.PushforwardReparam()})
 # 3. The posterior of all digits by NUTS, in the noise space of the prior; two chains.
 chains = []
 for _ in range(2):
-    mcmc = MCMC(NUTS(noise_space, max_tree_depth=4, target_accept_prob=0.7), num_samples=70, warmup_steps=50)
+    mcmc = MCMC(NUTS(noise_space, max_tree_depth=4, target_accept_prob=0.7), num_samples=130, warmup_steps=60)
     mcmc.run(observed)
     chains.append(mcmc.get_samples())
 digits = prior().push(torch.cat([chain["digit_base"] for chain in chains]))
