@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer.autoguide import init_to_sample
 from sklearn.datasets import load_digits
 from tqdm import trange
 
@@ -48,7 +49,8 @@ noise_space = poutine.reparam(model, {"digit": gm.infer.PushforwardReparam()})
 # 3. The posterior of all digits by NUTS, in the noise space of the prior; two chains.
 chains = []
 for _ in range(2):
-    mcmc = MCMC(NUTS(noise_space, max_tree_depth=4, target_accept_prob=0.7), num_samples=130, warmup_steps=60)
+    kernel = NUTS(noise_space, max_tree_depth=4, init_strategy=init_to_sample)
+    mcmc = MCMC(kernel, num_samples=120, warmup_steps=120)
     mcmc.run(observed)
     chains.append(mcmc.get_samples())
 digits = prior().push(torch.cat([chain["digit_base"] for chain in chains]))
