@@ -40,3 +40,11 @@ class SlowDirectionWarning(UserWarning):
 
 class FileFormatError(ValueError):
     """A file is not ours, is damaged, is newer than this version, or names a class outside the allow-list."""
+
+
+class ModelError(ValueError):
+    """A Pyro program that cannot be sampled as it stands; the message names the site and the way out."""
+
+
+class SamplingError(RuntimeError):
+    """A sampler that has nowhere to start, or that does not move."""

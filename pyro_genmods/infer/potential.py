@@ -1,0 +1,433 @@
+r"""The potential energy of a Pyro program: traced once, run for many chains at once.
+
+:func:`potential` turns a program and its data into an object that answers, for rows ``q`` of ``(chains, dim)``
+unconstrained numbers, what samplers ask: :math:`U(q)`, :math:`\nabla U(q)`, or both. There are three levels:
+
+=========== ==================================================== =====================================
+level       what runs                                            when
+=========== ==================================================== =====================================
+eager       the program itself, on all chains together           where recording fails
+graph       a flat graph of tensor operations, no program in it  from the first call
+compiled    the graph, fused by torch's compiler                 where it pays for its own compilation
+=========== ==================================================== =====================================
+
+Compiling costs seconds. With ``level="auto"`` a function is compiled once its graph has cost as much time as compiling
+is expected to: a short run never waits for the compiler, and a long one loses at most a factor of two on that wait.
+
+Value and gradient are separate graphs. A density that is dear while its gradient is cheap (an integral whose derivative
+is one network call) costs only the gradient inside a leapfrog, and its value once in the accept test.
+
+The energy of a *tempered* potential is that of the prior plus :math:`\beta` times that of the likelihood, with an
+inverse temperature :math:`\beta` for each chain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+from torch.distributions import Transform
+
+from ..foundation.errors import ModelError, SamplingError, ShapeError
+from ..foundation.graphs import compile_graph, trace_graph
+from .functions import FunctionProgram
+from .layout import Layout
+from .program import Program, value_and_grad
+from .quiet import quiet
+
+__all__ = ["Potential", "potential"]
+
+LEVELS = ("auto", "eager", "graph", "compiled")
+UNIFORM = 2.0  # half width of Pyro's and Stan's start in unconstrained space
+TRIES = 100
+COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 2.0, 0.01
+
+
+def potential(
+    model: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    level: str = "auto",
+    road: str | None = None,
+    max_batch: int | None = None,
+    tempered: bool = False,
+    transforms: Mapping[str, Transform] | None = None,
+    max_plate_nesting: int | None = None,
+) -> Potential:
+    r"""Trace a Pyro program into a potential energy for many chains.
+
+    Arguments:
+        model: a Pyro program. Discrete latents with a finite support are summed out.
+        args, kwargs: its arguments; the tensors among them may later be replaced, see :meth:`Potential.update`.
+        level: ``"auto"``, ``"eager"``, ``"graph"`` or ``"compiled"``, see above.
+        road: how one chain becomes many: ``"vmap"``, ``"plate"``, ``"loop"``, or ``None`` to find out.
+        max_batch: most chains in one evaluation; more are done in turns, with bounded memory.
+        tempered: whether the likelihood has an inverse temperature.
+        transforms: maps of sites to unconstrained space, as in Pyro's kernels; default those of the supports.
+        max_plate_nesting: number of nested plates, where it cannot be guessed (enumeration).
+
+    Raises:
+        ModelError: the program cannot be sampled with gradients (minibatches, discrete sites without enumeration,
+            branches on latents, randomness that is no site), or a road disagrees with Pyro's own potential.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.Exponential(1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> energy = potential(model, (torch.tensor([1.0, -1.0]),))
+        >>> value, gradient = energy.value_and_grad(torch.zeros(4, 1))      # four chains at log scale 0
+        >>> value[0], gradient[0]           # 2 log(2 pi) / 2 + 1/2 + 1/2 + exp(0) - 0;  2 - 2 + 1 - 1
+        (tensor(3.8379), tensor([0.]))
+        >>> energy.constrain(torch.zeros(4, 1))["scale"].shape
+        torch.Size([4])
+    """
+    program = Program(model, args, kwargs, transforms=transforms, max_plate_nesting=max_plate_nesting, road=road)
+    return Potential(program, level=level, max_batch=max_batch, tempered=tempered)
+
+
+class Potential:
+    """Potential energy of many chains; made by :func:`potential`.
+
+    Arguments:
+        program: what gives energies of rows.
+        level, max_batch, tempered: as in :func:`potential`.
+
+    Attributes:
+        dim: length of a row. ``layout``: which site lies where in it.
+        dtype, device: of rows.
+        num_gradients: gradients evaluated so far, counted chain by chain.
+        inverse_temperature: of each chain, ``(chains,)``; only where tempered.
+        report: what was chosen, and why.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> energy = potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> energy.grad(torch.tensor([[1.0], [-2.0]])).flatten()
+        tensor([ 1., -2.])
+        >>> energy.report["road"], energy.report["level"]
+        ('vmap', 'graph')
+    """
+
+    def __init__(
+        self,
+        program: Program | FunctionProgram,
+        *,
+        level: str = "auto",
+        max_batch: int | None = None,
+        tempered: bool = False,
+    ) -> None:
+        if level not in LEVELS:
+            raise ValueError(f"level: got {level!r}, needs one of {LEVELS}.")
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch: got {max_batch}, needs a number of chains, or None for all at once.")
+        self.program, self.wanted, self.max_batch, self.tempered = program, level, max_batch, tempered
+        self.layout: Layout = program.layout
+        self.dim = self.layout.dim
+        self.dtype, self.device = program.place
+        self.num_gradients = 0
+        self.inverse_temperature: Tensor | None = None
+        self._data = tuple(x.detach() for x in program.data)
+        self._fused: dict[Any, _Fused] = {}
+        self._notes: list[str] = list(program.why)
+        self._uncompiled = False
+
+    # -- what samplers ask ------------------------------------------------------------------------------------------
+
+    def value(self, q: Tensor) -> Tensor:
+        """Energies ``(chains,)``, in nats."""
+        return self._call(_value, q)
+
+    def grad(self, q: Tensor) -> Tensor:
+        """Gradients of the energy, ``(chains, dim)``."""
+        self.num_gradients += len(q)
+        return self._call(_grad, q)
+
+    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for little more than the price of the gradient."""
+        self.num_gradients += len(q)
+        return self._call(_value_and_grad, q)
+
+    def parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies of the prior and of the likelihood, two of ``(chains,)``, at inverse temperature one."""
+        return self._call(_parts, q)
+
+    def constrain(self, q: Tensor) -> dict[str, Tensor]:
+        """Rows ``(..., dim)`` to values of the sites in their supports, ``(..., *shape)``."""
+        return self.layout.constrain(q)
+
+    def initial(self, num_chains: int = 1, strategy: Any = init_to_uniform) -> Tensor:
+        """Rows to start from, ``(chains, dim)``, with finite energy and gradient.
+
+        Arguments:
+            num_chains: how many.
+            strategy: an initialisation strategy of Pyro, :func:`pyro_genmods.infer.init_to_prior`, or something with
+                ``sample_posterior(n)`` (a guide, an :class:`pyro_genmods.infer.SMC` after its run).
+
+        Raises:
+            SamplingError: after many tries some chain still has no finite energy; the sites are named.
+        """
+        q = self._propose(strategy, num_chains)
+        for _ in range(TRIES):
+            bad = ~self._usable(q)
+            if not bool(bad.any()):
+                return q
+            q = torch.where(bad[:, None], self._propose(strategy, num_chains), q)
+        value, gradient = self.value_and_grad(q)
+        columns = (~gradient.isfinite()).any(0).nonzero().flatten().tolist()
+        names = [self.layout.coordinates()[i] for i in columns] or list(self.layout.shapes)
+        raise SamplingError(
+            f"init_strategy: found no start with finite energy and gradient for {int(bad.sum())} of {num_chains} "
+            f"chains in {TRIES} tries (energy {float(value[bad][0]):.4g}; look at {', '.join(names[:5])}). Pass "
+            "initial_params, or init_strategy=infer.init_to_prior, or a guide."
+        )
+
+    def update(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Take new data of the same shapes and keep all graphs; ``False`` if a new potential is needed instead.
+
+        The graphs are compared with Pyro's own potential at the new data, so that what changed behind their back (a
+        tensor that the program holds on to, a branch on the data) is noticed.
+        """
+        data = self.program.data_of(args, kwargs) if isinstance(self.program, Program) else None
+        if data is None:
+            return False
+        before, self._data = self._data, tuple(x.detach() for x in data)
+        q = torch.rand(1, self.dim, dtype=self.dtype, device=self.device) * 2 - 1
+        try:
+            for value, gradient in self._answers(q):
+                self.program.compare(q, self._data, value, gradient)
+        except (ModelError, RuntimeError):
+            self._data = before
+            return False
+        return True
+
+    def fuse(self, function: Callable[..., Any], key: Any = None) -> Callable[..., Any]:
+        """A function of tensors that uses this potential, to be compiled with it into one.
+
+        Arguments:
+            function: ``function(potential, *tensors)`` to tensors; pure, without branches on numbers. What it is given
+                as ``potential`` has ``value``, ``grad`` and ``value_and_grad``.
+            key: tells functions apart; default the function itself.
+        """
+        key = function if key is None else key
+        if key not in self._fused:
+            self._fused[key] = _Fused(self, function)
+        return self._fused[key]
+
+    # -- Pyro's form --------------------------------------------------------------------------------------------------
+
+    def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Energy of one chain at unconstrained values, differentiable: a ``potential_fn`` for Pyro's kernels."""
+        return _PyroEnergy.apply(self.layout.flatten(params), self)
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """Maps of sites to unconstrained space, for Pyro's kernels."""
+        return self.layout.transforms
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """A start of one chain, for Pyro's kernels."""
+        return {name: value[0] for name, value in self.layout.unflatten(self.initial(1)).items()}
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The road and level in use, and what stood in the way of higher ones."""
+        levels = [fused.level for fused in self._fused.values() if fused.level]
+        level = max(levels, key=LEVELS.index) if levels else "none yet"
+        return {"road": self.program.road, "level": level, "dim": self.dim, "why": list(self._notes)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": {}}
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What graphs need besides the arguments of a function: temperatures and data."""
+        if self.tempered and self.inverse_temperature is None:
+            raise ValueError("inverse_temperature: is not set; a tempered potential needs one for each chain.")
+        return (self.inverse_temperature, *self._data) if self.tempered else self._data
+
+    def energy(self, q: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Energies by running the program."""
+        if not self.tempered:
+            return self.program.energies(q, inputs)[1]
+        prior, joint = self.program.energies(q, inputs[1:])
+        return prior + inputs[0] * (joint - prior)
+
+    def _call(self, function: Callable[..., Any], q: Tensor) -> Any:
+        if q.dim() != 2 or q.shape[1] != self.dim:
+            raise ShapeError(f"q: got shape {tuple(q.shape)}, needs (chains, {self.dim}).")
+        most = self.max_batch
+        if most is None or len(q) <= most:
+            return self.fuse(function)(q)
+        temperatures, outcomes = self.inverse_temperature, []
+        for start in range(0, len(q), most):
+            rows = torch.arange(start, start + most, device=q.device).clamp_max(len(q) - 1)  # the last chunk is padded
+            self.inverse_temperature = temperatures[rows] if self.tempered else None
+            outcomes.append(self.fuse(function)(q[rows]))
+        self.inverse_temperature = temperatures
+        if isinstance(outcomes[0], tuple):
+            return tuple(torch.cat(parts)[: len(q)] for parts in zip(*outcomes, strict=True))
+        return torch.cat(outcomes)[: len(q)]
+
+    def _answers(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Value and gradient of one row by every fused function in use that gives both."""
+        rows = {size for fused in self._fused.values() for size in fused.sizes} or {1}
+        temperatures, answers = self.inverse_temperature, []
+        for size in rows:
+            batch = q.expand(size, -1).contiguous()
+            self.inverse_temperature = torch.ones_like(batch[:, 0]) if self.tempered else None
+            value, gradient = self.value_and_grad(batch)
+            answers.append((value[:1], gradient[:1]))
+        self.inverse_temperature = temperatures
+        return answers
+
+    def _propose(self, strategy: Any, chains: int) -> Tensor:
+        if hasattr(strategy, "sample_posterior"):
+            values = {name: x.detach() for name, x in strategy.sample_posterior(chains).items()}
+            return self.layout.unconstrain({name: values[name] for name in self.layout.shapes if name in values}, 1)
+        if strategy is init_to_uniform or not isinstance(self.program, Program):
+            uniform = torch.rand(chains, self.dim, dtype=self.dtype, device=self.device)
+            return UNIFORM * (2 * uniform - 1)
+        return self.program.start(strategy, chains)
+
+    def _usable(self, q: Tensor) -> Tensor:
+        if self.tempered:
+            self.inverse_temperature = torch.ones_like(q[:, 0])
+        value, gradient = self.value_and_grad(q)
+        return value.isfinite() & gradient.isfinite().all(-1)
+
+    def note(self, text: str) -> None:
+        """Add to the report, once."""
+        if text not in self._notes:
+            self._notes.append(text)
+
+
+class _Fused:
+    """One function at its current level, for each number of chains it met."""
+
+    def __init__(self, owner: Potential, function: Callable[..., Any]) -> None:
+        self.owner, self.function = owner, function
+        self.spent, self.level = 0.0, ""
+        self._graphs: dict[Any, Any] = {}
+        self._compiled: dict[Any, Any] = {}
+
+    @property
+    def sizes(self) -> set[int]:
+        return {key[0] for key in (*self._graphs, *self._compiled)}
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        inputs = self.owner.inputs()
+        key = tuple(tensors[0].shape)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            return compiled(*tensors, *inputs)
+        began = time.perf_counter()
+        with torch.no_grad():
+            outcome = self._graph(key, tensors, inputs)(*tensors, *inputs)
+        self.spent += time.perf_counter() - began
+        if self._pays(key):
+            self._compile(key, tensors, inputs)
+        return outcome
+
+    def _graph(self, key: Any, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        if key not in self._graphs:
+            self._graphs[key] = self._record(tensors, inputs)
+            self.spent = 0.0
+        return self._graphs[key]
+
+    def _record(self, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        n = len(tensors)
+
+        def flat(*everything: Tensor) -> Any:
+            return self.function(_Inside(self.owner, everything[n:]), *everything[:n])
+
+        if self.owner.wanted != "eager" and self.owner.program.road != "loop":
+            try:
+                graph = trace_graph(flat, (*tensors, *inputs))
+            except Exception as error:  # whatever it is that cannot be recorded, it can be run
+                self.owner.note(f"graph: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+            else:
+                self.level = "graph"
+                return graph
+        self.level = "eager"
+        return flat
+
+    def _pays(self, key: Any) -> bool:
+        graph = self._graphs[key]
+        if self.owner._uncompiled or not isinstance(graph, torch.fx.GraphModule) or self.owner.wanted == "graph":
+            return False
+        if self.owner.wanted == "compiled":
+            return True
+        return self.spent > COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * len(graph.graph.nodes)
+
+    def _compile(self, key: Any, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+        try:
+            self._compiled[key] = compile_graph(self._graphs[key], (*tensors, *inputs))
+            self.level = "compiled"
+        except RuntimeError as error:
+            self.owner._uncompiled = True
+            self.owner.note(f"compiled: {str(error)[:300]}")
+
+
+class _Inside:
+    """The potential as a fused function sees it: the program itself, to be recorded with the function."""
+
+    def __init__(self, owner: Potential, inputs: tuple[Tensor, ...]) -> None:
+        self._owner, self._inputs = owner, inputs
+
+    def value(self, q: Tensor) -> Tensor:
+        return self._run(lambda: self._owner.energy(q, self._inputs))
+
+    def grad(self, q: Tensor) -> Tensor:
+        return self.value_and_grad(q)[1]
+
+    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        return value_and_grad(lambda rows: self._owner.energy(rows, self._inputs), q, self._owner.program.enumerated)
+
+    def parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        data = self._inputs[1:] if self._owner.tempered else self._inputs
+        prior, joint = self._run(lambda: self._owner.program.energies(q, data))
+        return prior, joint - prior
+
+    def _run(self, evaluate: Callable[[], Any]) -> Any:
+        with torch.no_grad(), quiet(self._owner.program.enumerated):
+            return evaluate()
+
+
+class _PyroEnergy(torch.autograd.Function):
+    """The energy of one chain, with its gradient computed beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, energy: Potential) -> Tensor:
+        value, gradient = energy.value_and_grad(row.detach()[None])
+        ctx.save_for_backward(gradient[0])
+        return value[0]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return cotangent * gradient, None
+
+
+def _value(energy: Any, q: Tensor) -> Tensor:
+    return energy.value(q)
+
+
+def _grad(energy: Any, q: Tensor) -> Tensor:
+    return energy.grad(q)
+
+
+def _value_and_grad(energy: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+    return energy.value_and_grad(q)
+
+
+def _parts(energy: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+    return energy.parts(q)
