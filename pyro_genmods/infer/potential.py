@@ -11,8 +11,10 @@ graph       a flat graph of tensor operations, no program in it  from the first 
 compiled    the graph, fused by torch's compiler                 where it pays for its own compilation
 =========== ==================================================== =====================================
 
-Compiling costs seconds. With ``level="auto"`` a function is compiled once its graph has cost as much time as compiling
-is expected to: a short run never waits for the compiler, and a long one loses at most a factor of two on that wait.
+Compiling costs seconds. With ``level="auto"`` a function is compiled once its graph has cost about as much time as
+compiling is expected to: a short run never waits for the compiler, and a long one loses at most a factor of two on that
+wait. A sampler that knows how long it will run says so (:meth:`Potential.plan`). Both decide by counting operations and
+calls, not by the clock, because a compiled function rounds differently, and a run with a seed must repeat itself.
 
 Value and gradient are separate graphs. A density that is dear while its gradient is cheap (an integral whose derivative
 is one network call) costs only the gradient inside a leapfrog, and its value once in the accept test.
@@ -23,7 +25,7 @@ inverse temperature :math:`\beta` for each chain.
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +46,8 @@ __all__ = ["Potential", "potential"]
 LEVELS = ("auto", "eager", "graph", "compiled")
 UNIFORM = 2.0  # half width of Pyro's and Stan's start in unconstrained space
 TRIES = 100
-COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 2.0, 0.01
+SECONDS_A_NODE, SECONDS_A_NUMBER = 1.5e-6, 0.7e-9  # of a graph, as measured on ordinary machines
+COMPILE_SECONDS, COMPILE_SECONDS_A_NODE = 1.0, 0.01
 
 
 def potential(
@@ -127,7 +130,9 @@ class Potential:
             raise ValueError(f"level: got {level!r}, needs one of {LEVELS}.")
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch: got {max_batch}, needs a number of chains, or None for all at once.")
-        self.program, self.wanted, self.max_batch, self.tempered = program, level, max_batch, tempered
+        self.program, self.level, self.max_batch, self.tempered = program, level, max_batch, tempered
+        self.mode: str | None = None
+        self.uncompiled = False
         self.layout: Layout = program.layout
         self.dim = self.layout.dim
         self.dtype, self.device = program.place
@@ -136,7 +141,6 @@ class Potential:
         self._data = tuple(x.detach() for x in program.data)
         self._fused: dict[Any, _Fused] = {}
         self._notes: list[str] = list(program.why)
-        self._uncompiled = False
 
     # -- what samplers ask ------------------------------------------------------------------------------------------
 
@@ -207,18 +211,38 @@ class Potential:
             return False
         return True
 
-    def fuse(self, function: Callable[..., Any], key: Any = None) -> Callable[..., Any]:
-        """A function of tensors that uses this potential, to be compiled with it into one.
+    def fuse(self, function: Callable[..., Any], gradients: int = 0) -> Callable[..., Any]:
+        """A function of tensors that uses this potential, recorded and compiled as one with it.
 
         Arguments:
-            function: ``function(potential, *tensors)`` to tensors; pure, without branches on numbers. What it is given
-                as ``potential`` has ``value``, ``grad`` and ``value_and_grad``.
-            key: tells functions apart; default the function itself.
+            function: ``function(potential, *tensors)`` to tensors, the first of which has a row for each chain; pure,
+                without branches on numbers. As ``potential`` it is given something with ``value``, ``grad``,
+                ``value_and_grad`` and ``parts``.
+            gradients: how many a call evaluates for each chain.
         """
-        key = function if key is None else key
-        if key not in self._fused:
-            self._fused[key] = _Fused(self, function)
-        return self._fused[key]
+        if function not in self._fused:
+            self._fused[function] = _Fused(self, function)
+        fused = self._fused[function]
+
+        def call(*tensors: Tensor) -> Any:
+            rows = len(tensors[0])
+            if self.max_batch is not None and rows > self.max_batch:
+                return function(self, *tensors)
+            self.num_gradients += gradients * rows
+            return fused(*tensors)
+
+        return call
+
+    def plan(self, calls: float) -> None:
+        """Decide between graph and compiled for so many gradients to come; only with ``level="auto"``."""
+        if self.level == "auto":
+            seconds, compile_seconds = max((fused.cost() for fused in self._fused.values()), default=(0.0, math.inf))
+            self.mode = "compiled" if calls * seconds > 2 * compile_seconds else "graph"
+
+    @property
+    def unrolls(self) -> bool:
+        """Whether several leapfrogs in one function are faster than one by one."""
+        return not self.uncompiled and "compiled" in (self.level, self.mode)
 
     # -- Pyro's form --------------------------------------------------------------------------------------------------
 
@@ -311,70 +335,81 @@ class Potential:
 
 
 class _Fused:
-    """One function at its current level, for each number of chains it met."""
+    """One function at its current level, for each set of shapes it met."""
 
     def __init__(self, owner: Potential, function: Callable[..., Any]) -> None:
         self.owner, self.function = owner, function
-        self.spent, self.level = 0.0, ""
-        self._graphs: dict[Any, Any] = {}
-        self._compiled: dict[Any, Any] = {}
+        self.level = ""
+        self._recorded: dict[Any, _Recorded] = {}
 
     @property
     def sizes(self) -> set[int]:
-        return {key[0] for key in (*self._graphs, *self._compiled)}
+        """Numbers of chains met."""
+        return {shapes[0][0] for shapes in self._recorded}
 
     def __call__(self, *tensors: Tensor) -> Any:
         inputs = self.owner.inputs()
-        key = tuple(tensors[0].shape)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            return compiled(*tensors, *inputs)
-        began = time.perf_counter()
+        shapes = tuple(x.shape for x in tensors)
+        recorded = self._recorded.get(shapes)
+        if recorded is None:
+            recorded = self._recorded[shapes] = self._record(tensors, inputs)
+        recorded.calls += 1
+        if recorded.compiled is None and self._pays(recorded):
+            self._compile(recorded, tensors, inputs)
+        if recorded.compiled is not None and self.owner.mode != "graph":
+            return recorded.compiled(*tensors, *inputs)
         with torch.no_grad():
-            outcome = self._graph(key, tensors, inputs)(*tensors, *inputs)
-        self.spent += time.perf_counter() - began
-        if self._pays(key):
-            self._compile(key, tensors, inputs)
-        return outcome
+            return recorded.run(*tensors, *inputs)
 
-    def _graph(self, key: Any, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        if key not in self._graphs:
-            self._graphs[key] = self._record(tensors, inputs)
-            self.spent = 0.0
-        return self._graphs[key]
+    def cost(self) -> tuple[float, float]:
+        """Seconds of a call of the graph and of its compilation, as counted; the largest of all shapes."""
+        costs = [(recorded.seconds, recorded.compile_seconds) for recorded in self._recorded.values()]
+        return max(costs, default=(0.0, math.inf))
 
-    def _record(self, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def _record(self, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> _Recorded:
         n = len(tensors)
 
         def flat(*everything: Tensor) -> Any:
             return self.function(_Inside(self.owner, everything[n:]), *everything[:n])
 
-        if self.owner.wanted != "eager" and self.owner.program.road != "loop":
+        if self.owner.level != "eager" and self.owner.program.road != "loop":
             try:
                 graph = trace_graph(flat, (*tensors, *inputs))
             except Exception as error:  # whatever it is that cannot be recorded, it can be run
-                self.owner.note(f"graph: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+                self.owner.note(f"graph: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
             else:
-                self.level = "graph"
-                return graph
-        self.level = "eager"
-        return flat
+                self.level = self.level or "graph"
+                return _Recorded(graph, graph)
+        self.level = self.level or "eager"
+        return _Recorded(flat, None)
 
-    def _pays(self, key: Any) -> bool:
-        graph = self._graphs[key]
-        if self.owner._uncompiled or not isinstance(graph, torch.fx.GraphModule) or self.owner.wanted == "graph":
+    def _pays(self, recorded: _Recorded) -> bool:
+        owner = self.owner
+        if recorded.graph is None or owner.uncompiled or owner.level == "graph" or owner.mode == "graph":
             return False
-        if self.owner.wanted == "compiled":
-            return True
-        return self.spent > COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * len(graph.graph.nodes)
+        spent = recorded.calls * recorded.seconds
+        return owner.level == "compiled" or owner.mode == "compiled" or spent > recorded.compile_seconds
 
-    def _compile(self, key: Any, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    def _compile(self, recorded: _Recorded, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
         try:
-            self._compiled[key] = compile_graph(self._graphs[key], (*tensors, *inputs))
+            recorded.compiled = compile_graph(recorded.graph, (*tensors, *inputs))
             self.level = "compiled"
         except RuntimeError as error:
-            self.owner._uncompiled = True
+            self.owner.uncompiled = True
             self.owner.note(f"compiled: {str(error)[:300]}")
+
+
+class _Recorded:
+    """A function for one set of shapes, and what it is expected to cost: counted, so that it is the same every time."""
+
+    def __init__(self, run: Callable[..., Any], graph: torch.fx.GraphModule | None) -> None:
+        self.run, self.graph, self.compiled, self.calls = run, graph, None, 0
+        self.seconds, self.compile_seconds = 0.0, math.inf
+        if graph is not None:
+            results = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+            numbers = sum(x.numel() for x in results if isinstance(x, Tensor))
+            self.seconds = SECONDS_A_NODE * len(results) + SECONDS_A_NUMBER * numbers
+            self.compile_seconds = COMPILE_SECONDS + COMPILE_SECONDS_A_NODE * len(results)
 
 
 class _Inside:

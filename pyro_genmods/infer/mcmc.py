@@ -1,0 +1,297 @@
+"""Many chains at once: what ``pyro.infer.MCMC`` does for one, with the same methods and names."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer.mcmc.util import diagnostics, print_summary, select_samples
+from torch import Tensor
+from tqdm import tqdm
+
+from ..foundation.convergence import nested_r_hat
+from ..foundation.errors import SamplingError
+from .kernels import ChainKernel
+
+__all__ = ["MCMC"]
+
+WARMUP_TRANSITIONS = 6400  # over all chains; a hundred iterations of sixty-four chains
+WARMUP_RANGE = (100, 1000)
+REFRESH = 0.25  # seconds between two states of the progress bar
+STATS = ("acceptance_rate", "diverging", "energy", "lp", "n_steps", "step_size")
+STUCK = 0.02  # a realised acceptance below which chains are called stuck
+
+
+class MCMC:
+    """Markov chain Monte Carlo with many chains in one batch.
+
+    Arguments:
+        kernel: :class:`HMC`, :class:`MALA` or :class:`ULA`.
+        num_samples: draws to keep of each chain.
+        warmup_steps: iterations before; default 100 for 64 chains or more, more for fewer.
+        num_chains: chains, moved together.
+        thinning: iterations for each draw that is kept.
+        seed: makes the run repeatable, bit for bit on one machine. Default: a number drawn from torch's generator, so
+            that ``pyro.set_rng_seed`` does the same.
+        initial_params: unconstrained starting values ``(num_chains, *shape)`` of each site, as in Pyro.
+        superchains: number of different starting points; the chains that share one are what nested R-hat compares.
+            Default: one for every four chains.
+        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every iteration, as in Pyro.
+        progress_bar: show phase, acceptance, step size, leapfrogs, divergences, R-hat and time left.
+
+    Attributes:
+        sample_stats: of every draw, ``(chains, draws)``, under the names that ArviZ reads.
+        num_gradients: gradients evaluated in the last run, counted chain by chain.
+        seconds: time of the last run by phase.
+
+    Raises:
+        ValueError: counts that make no sense.
+        SamplingError: no chain moves.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Exponential(scale), obs=y)
+        >>> mcmc = MCMC(gm.infer.HMC(model), num_samples=100, num_chains=64, progress_bar=False, seed=0)
+        >>> mcmc.run(torch.tensor([0.5, 1.5]))
+        >>> mcmc.get_samples(group_by_chain=True)["scale"].shape
+        torch.Size([64, 100])
+        >>> round(float(mcmc.get_samples()["scale"].mean()), 1)         # Gamma(4, 3)
+        1.3
+    """
+
+    def __init__(
+        self,
+        kernel: ChainKernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        num_chains: int = 64,
+        *,
+        thinning: int = 1,
+        seed: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        superchains: int | None = None,
+        hook_fn: Callable[..., Any] | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        if not isinstance(kernel, ChainKernel):
+            raise TypeError(f"kernel: got {type(kernel).__name__}, needs infer.HMC, MALA or ULA.")
+        for name, number, least in (
+            ("num_samples", num_samples, 1),
+            ("num_chains", num_chains, 1),
+            ("thinning", thinning, 1),
+        ):
+            if number < least:
+                raise ValueError(f"{name}: got {number}, needs at least {least}.")
+        if warmup_steps is None:
+            low, high = WARMUP_RANGE
+            warmup_steps = min(high, max(low, math.ceil(WARMUP_TRANSITIONS / num_chains)))
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps: got {warmup_steps}, needs at least 0.")
+        superchains = _superchains(num_chains, superchains)
+        self.kernel, self.num_samples, self.warmup_steps, self.num_chains = (
+            kernel,
+            num_samples,
+            warmup_steps,
+            num_chains,
+        )
+        self.thinning, self.seed, self.superchains = thinning, seed, superchains
+        self.initial_params, self.hook_fn, self.progress_bar = initial_params, hook_fn, progress_bar
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._rows: Tensor | None = None
+        self._stats: dict[str, Tensor] = {}
+        self.num_gradients, self.seconds = 0, {}
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Warm up and sample, with the arguments of the model.
+
+        Ctrl-C ends the run early and keeps the draws that are finished.
+        """
+        self._args, self._kwargs = args, kwargs
+        began = time.perf_counter()
+        self._begin(args, kwargs)
+        self.seconds = {"start": time.perf_counter() - began}
+        done = self._loop()
+        self.seconds["total"] = time.perf_counter() - began
+        self.num_gradients = self.kernel.potential.num_gradients - self._gradients_before
+        if done < self.num_samples:
+            self._cut(done)
+        self._warn()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        kernel = self.kernel
+        self._gradients_before = 0 if kernel.potential is None else kernel.potential.num_gradients
+        known = kernel.potential
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        kernel.begin(
+            self.num_chains,
+            self.warmup_steps,
+            args,
+            kwargs,
+            initial_params=self.initial_params,
+            seed=seed,
+            groups=self.superchains,
+            num_samples=self.num_samples * self.thinning,
+        )
+        if kernel.potential is not known:
+            self._gradients_before = 0
+        q = kernel.state.position
+        self._rows = q.new_empty(self.num_samples, *q.shape)
+        self._stats = {name: q.new_zeros(self.num_samples, self.num_chains) for name in STATS}
+
+    def _loop(self) -> int:
+        """Iterate; returns the number of finished draws."""
+        kernel, done = self.kernel, 0
+        with _Progress(self) as progress:
+            try:
+                while not kernel.warmup.finished:
+                    info = kernel.advance()
+                    progress.show("warm-up", info, 0)
+                    self._hook("warmup", kernel.warmup.iteration - 1)
+                self.seconds["warmup"] = time.perf_counter() - progress.began
+                while done < self.num_samples:
+                    for _ in range(self.thinning):
+                        info = kernel.advance()
+                    self._keep(done, info)
+                    done += 1
+                    progress.show("sampling", info, done)
+                    self._hook("sample", done - 1)
+            except KeyboardInterrupt:
+                if not done:
+                    raise
+                warnings.warn(f"interrupted: {done} of {self.num_samples} draws of each chain are kept.", stacklevel=3)
+        return done
+
+    def _keep(self, index: int, info: Any) -> None:
+        state, (size, leapfrogs), stats = self.kernel.state, self.kernel.last, self._stats
+        self._rows[index] = state.position
+        stats["acceptance_rate"][index] = info.acceptance
+        stats["diverging"][index] = info.diverging
+        stats["energy"][index] = info.energy
+        stats["lp"][index] = state.energy
+        stats["n_steps"][index] = leapfrogs
+        stats["step_size"][index] = size
+
+    def _hook(self, stage: str, index: int) -> None:
+        if self.hook_fn is not None:
+            params = self.kernel.potential.layout.unflatten(self.kernel.state.position)
+            self.hook_fn(self.kernel, params, stage, index)
+
+    def _cut(self, done: int) -> None:
+        self._rows = self._rows[:done]
+        self._stats = {name: values[:done] for name, values in self._stats.items()}
+
+    def _warn(self) -> None:
+        """Say what makes the draws doubtful."""
+        stats = self._stats
+        if float(stats["acceptance_rate"].mean()) < STUCK:
+            raise SamplingError(
+                f"the chains do not move: {float(stats['acceptance_rate'].mean()):.1%} of the proposals were accepted. "
+                "The energy may be rough or random, or the warm-up too short; draws are kept for inspection."
+            )
+        divergences = int(stats["diverging"].sum())
+        if divergences:
+            warnings.warn(
+                f"{divergences} of {stats['diverging'].numel()} transitions diverged: somewhere the posterior is too "
+                "narrow for the step size. Reparametrise, or raise target_accept_prob.",
+                stacklevel=3,
+            )
+        stuck = (stats["acceptance_rate"].mean(0) < STUCK).nonzero().flatten().tolist()
+        if stuck:
+            warnings.warn(f"chains {stuck} did not move; leave them out, or start them elsewhere.", stacklevel=3)
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    @property
+    def unconstrained(self) -> Tensor:
+        """Draws as rows, ``(chains, draws, dim)``."""
+        if self._rows is None:
+            raise RuntimeError("MCMC: has no draws yet; call run() first.")
+        return self._rows.transpose(0, 1)
+
+    @property
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Statistics of every draw, ``(chains, draws)``; ``lp`` is the log density in unconstrained space, in nats."""
+        stats = {name: values.T for name, values in self._stats.items()}
+        return {**stats, "diverging": stats["diverging"].bool(), "lp": -stats["lp"]}
+
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Draws of every latent site, in its support.
+
+        Arguments:
+            num_samples: resample so many at random, with replacement, as Pyro does.
+            group_by_chain: ``(chains, draws, *shape)`` instead of ``(chains * draws, *shape)``.
+        """
+        with torch.no_grad():
+            samples = self.kernel.potential.constrain(self.unconstrained)
+        return select_samples(samples, num_samples, group_by_chain)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Effective sample size, split and nested R-hat by site; divergences and acceptance by chain; whether exact."""
+        samples = self.get_samples(group_by_chain=True)
+        found: dict[str, Any] = dict(diagnostics(samples))
+        for name, draws in samples.items():
+            found[name]["nested_r_hat"] = nested_r_hat(draws, self.superchains)
+        stats = self.sample_stats
+        chains = range(self.num_chains)
+        found["divergences"] = {f"chain {i}": stats["diverging"][i].nonzero().flatten().tolist() for i in chains}
+        found["acceptance rate"] = {f"chain {i}": float(stats["acceptance_rate"][i].mean()) for i in chains}
+        found["exact"] = self.kernel.exact
+        return found
+
+    def summary(self, prob: float = 0.9) -> None:
+        """Print Pyro's table of mean, sd, median, interval, effective sample size and R-hat."""
+        print_summary(self.get_samples(group_by_chain=True), prob=prob)
+        if not self.kernel.exact:
+            print("unadjusted Langevin: these draws are biased by its step size")  # noqa: T201
+
+
+class _Progress:
+    """A bar that says how it goes, refreshed a few times a second."""
+
+    def __init__(self, mcmc: MCMC) -> None:
+        self.mcmc, self.divergences = mcmc, 0
+        self.total = mcmc.warmup_steps + mcmc.num_samples * mcmc.thinning
+        self.began = self.shown = time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        self.bar = tqdm(total=self.total, disable=not self.mcmc.progress_bar, mininterval=REFRESH, leave=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def show(self, phase: str, info: Any, done: int) -> None:
+        now = time.perf_counter()
+        if self.bar.disable or (now - self.shown < REFRESH and done < self.mcmc.num_samples):
+            return
+        self.shown = now
+        kernel = self.mcmc.kernel
+        size, leapfrogs = kernel.last
+        stats = {"acc": f"{float(info.acceptance.mean()):.2f}", "step": f"{size:.2g}", "leapfrogs": leapfrogs}
+        if done:
+            stats["divergences"] = int(self.mcmc._stats["diverging"][:done].sum())
+        if done >= 8:
+            rows = self.mcmc._rows[:done].transpose(0, 1)
+            stats["R-hat"] = f"{float(nested_r_hat(rows, self.mcmc.superchains).max()):.3f}"
+        self.bar.set_description(phase)
+        self.bar.set_postfix(stats, refresh=False)
+        self.bar.n = kernel.iteration
+        self.bar.refresh()
+
+
+def _superchains(chains: int, wanted: int | None) -> int:
+    if wanted is None:
+        return chains // 4 if chains % 4 == 0 and chains >= 8 else chains
+    if wanted < 1 or chains % wanted:
+        raise ValueError(f"superchains: got {wanted}, needs a divisor of num_chains={chains}.")
+    return wanted
