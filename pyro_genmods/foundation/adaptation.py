@@ -156,7 +156,6 @@ class TrajectoryLength:
     Attributes:
         log_length: :math:`\log T`, in units in which the target is round.
         rate: learning rate of Adam.
-        price: exponent of :math:`T` in the denominator of the criterion; 0 is ChEES, 1 is ChEES per unit of length.
 
     Example:
         >>> length = TrajectoryLength(0.0)
@@ -166,7 +165,6 @@ class TrajectoryLength:
 
     log_length: float
     rate: float = 0.05
-    price: float = 0.0
     first: float = 0.0
     second: float = 0.0
     count: int = 0
@@ -195,13 +193,8 @@ class TrajectoryLength:
         centre, scale = moments
         y0, y1 = whitened(scale, before - centre), whitened(scale, info.proposal - centre)
         change = y1.square().sum(-1) - y0.square().sum(-1)
-        weight = torch.where(usable & change.isfinite(), info.acceptance, 0.0)
-        change = torch.where(weight > 0, change, 0.0)
-        speed = torch.where(weight > 0, (y1 * info.momentum).sum(-1), 0.0)
-        total = weight.sum().clamp_min(1e-30)
-        gain = float((weight * change * speed).sum() / total) * time * self.length
-        worth = float((weight * change.square()).sum() / total) / 4
-        self._ascend(gain - self.price * worth)
+        gain = info.acceptance * change * (y1 * info.momentum).sum(-1)
+        self._ascend(float(torch.where(usable & gain.isfinite(), gain, 0.0).mean()) * time)
 
     def _ascend(self, slope: float) -> None:
         if not math.isfinite(slope):
@@ -263,7 +256,7 @@ def settled(energy: Tensor, dim: int) -> Tensor:
     """
     if len(energy) < 4:
         return energy.isfinite()
-    values = energy.nan_to_num(torch.inf)
-    middle, high = values.median(), values.quantile(0.75)
-    allowed = 5 * (high - middle).nan_to_num(0, 0, 0) + 10 + 5 * math.sqrt(dim / 2)
-    return values <= middle + allowed
+    ordered = energy.sort().values  # NaN is the largest
+    middle, high = ordered[len(energy) // 2], ordered[3 * len(energy) // 4]
+    spread = (high - middle).nan_to_num(0, 0, 0)
+    return energy <= middle + 5 * spread + 10 + 5 * math.sqrt(dim / 2)

@@ -53,17 +53,16 @@ __all__ = [
 ]
 
 DIVERGENCE = 1000.0
-UNROLLED = 4  # leapfrogs that are fused into one
 
 
 class PotentialLike(Protocol):
     """What a transition asks of a target: energies and gradients of rows, and functions fused with them.
 
     Attributes:
-        unrolls: whether several leapfrogs in one function are faster than one by one.
+        num_gradients: evaluated so far, counted chain by chain.
     """
 
-    unrolls: bool
+    num_gradients: int
 
     def value(self, q: Tensor) -> Tensor: ...
 
@@ -71,7 +70,7 @@ class PotentialLike(Protocol):
 
     def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def fuse(self, function: Callable[..., Any], gradients: int = 0) -> Callable[..., Any]: ...
+    def fuse(self, function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]: ...
 
 
 class State(NamedTuple):
@@ -137,7 +136,7 @@ class Plain:
     """
 
     def __init__(self, energy: Callable[[Tensor], Tensor]) -> None:
-        self.energy, self.unrolls = energy, False
+        self.energy, self.num_gradients = energy, 0
 
     def value(self, q: Tensor) -> Tensor:
         """Energies, ``(chains,)``."""
@@ -155,7 +154,7 @@ class Plain:
             (gradients,) = torch.autograd.grad(values.sum(), leaf)
         return values.detach(), gradients
 
-    def fuse(self, function: Callable[..., Any], gradients: int = 0) -> Callable[..., Any]:
+    def fuse(self, function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """The function with this target as its first argument."""
         return lambda *tensors: function(self, *tensors)
 
@@ -249,16 +248,12 @@ def hamiltonian(state: State, potential: PotentialLike, step: Step) -> tuple[Sta
         (torch.Size([4, 2]), torch.Size([4]))
     """
     position, momentum, gradient = state.position, step.noise, state.gradient
-    several, rest = divmod(step.leapfrogs, UNROLLED) if potential.unrolls else (0, step.leapfrogs)
-    if several:
-        run = potential.fuse(_leapfrogs, gradients=UNROLLED)
-        for _ in range(several):
-            position, momentum, gradient = run(position, momentum, gradient, step.size, step.scale)
-    run = potential.fuse(leapfrog, gradients=1)
-    for _ in range(rest):
+    run = potential.fuse(leapfrog, (position, momentum, gradient, step.size, step.scale))
+    for _ in range(step.leapfrogs):
         position, momentum, gradient = run(position, momentum, gradient, step.size, step.scale)
-    finish = potential.fuse(_finish)
-    outcome = finish(position, momentum, gradient, *state, step.noise, step.log_uniform)
+    potential.num_gradients += step.leapfrogs * len(position)
+    rest = (position, momentum, gradient, *state, step.noise, step.log_uniform)
+    outcome = potential.fuse(_finish, rest)(*rest)
     return State(*outcome[:3]), Info(*outcome[3:], position, momentum)
 
 
@@ -272,8 +267,9 @@ def mala(state: State, potential: PotentialLike, step: Step) -> tuple[State, Inf
         >>> bool((info.acceptance <= 1).all())
         True
     """
-    run = potential.fuse(_mala, gradients=1)
-    outcome = run(*state, step.size, step.scale, step.noise, step.log_uniform)
+    tensors = (*state, step.size, step.scale, step.noise, step.log_uniform)
+    potential.num_gradients += len(step.noise)
+    outcome = potential.fuse(_mala, tensors)(*tensors)
     return State(*outcome[:3]), Info(*outcome[3:])
 
 
@@ -289,8 +285,9 @@ def langevin(state: State, potential: PotentialLike, step: Step) -> tuple[State,
         >>> state.position[0]       # 1 - 0.1^2 / 2
         tensor([0.9950, 0.9950])
     """
-    run = potential.fuse(_langevin, gradients=1)
-    outcome = run(*state, step.size, step.scale, step.noise)
+    tensors = (*state, step.size, step.scale, step.noise)
+    potential.num_gradients += len(step.noise)
+    outcome = potential.fuse(_langevin, tensors)(*tensors)
     return State(*outcome[:3]), Info(*outcome[3:])
 
 
@@ -300,14 +297,6 @@ def langevin(state: State, potential: PotentialLike, step: Step) -> tuple[State,
 def _pulled(scale: Tensor, gradient: Tensor) -> Tensor:
     r"""The gradient in round coordinates, :math:`S^\top g`."""
     return gradient * scale if scale.dim() == 1 else gradient @ scale
-
-
-def _leapfrogs(
-    potential: PotentialLike, position: Tensor, momentum: Tensor, gradient: Tensor, size: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    for _ in range(UNROLLED):
-        position, momentum, gradient = leapfrog(potential, position, momentum, gradient, size, scale)
-    return position, momentum, gradient
 
 
 def _finish(potential: PotentialLike, position: Tensor, momentum: Tensor, gradient: Tensor, *rest: Tensor) -> Any:

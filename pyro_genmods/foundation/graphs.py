@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 
 __all__ = ["compile_graph", "trace_graph"]
 
+Compiled = Callable[[list[Tensor]], Any]
 aten = torch.ops.aten
 TRANSPARENT = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
 LARGE = 1 << 22  # numbers in a constant beyond which computing it again is better than keeping it
@@ -59,12 +60,15 @@ def trace_graph(function: Callable[..., Any], examples: tuple[Tensor, ...]) -> f
     return _clean(recorded)
 
 
-def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Callable[..., Any]:
+def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compiled:
     """Compile a graph; when this returns, the first call has been made.
 
     Arguments:
         graph: made by :func:`trace_graph`.
-        examples: arguments with the shapes of all later calls.
+        examples: contiguous arguments with the shapes of all later calls, which must be contiguous too.
+
+    Returns:
+        A function of the *list* of arguments, which it empties.
 
     Raises:
         RuntimeError: there is no compiler, or it fails on this graph.
@@ -73,20 +77,52 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Callab
         >>> examples = (torch.zeros(3),)
         >>> compiled = compile_graph(trace_graph(torch.sin, examples), examples)    # doctest: +SKIP
     """
-    options = {"triton.cudagraphs": True} if any(x.is_cuda for x in examples) else None
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compiled = torch._inductor.compile(copy.deepcopy(graph), list(examples), options=options)
-            compiled(*examples)
-    except Exception as error:  # a compiler fails in more ways than can be listed, and a graph is always there instead
-        raise RuntimeError(f"the graph does not compile here: {type(error).__name__}: {error}") from error
-    return _kept(compiled) if options else compiled
+    ways = (_compile_with_guards,) if any(x.is_cuda for x in examples) else (_compile_bare, _compile_with_guards)
+    for way in ways:
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compiled = way(graph, examples)
+                compiled(list(examples))
+        except Exception as error:  # a compiler fails in more ways than can be listed; there is another, and the graph
+            failure = error
+        else:
+            return compiled
+    raise RuntimeError(f"the graph does not compile here: {type(failure).__name__}: {failure}") from failure
 
 
-def _kept(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A CUDA graph writes every outcome to the same memory: hand out copies."""
-    return lambda *inputs: tree_map(torch.clone, compiled(*inputs))
+def _compile_bare(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compiled:
+    """The compiled loops themselves. What guards them costs more than small graphs do; callers keep shapes and order."""
+    from torch._inductor import compile_fx, config, decomposition, virtualized
+
+    examples = tuple(x.clone() for x in examples)
+    with config.patch({"size_asserts": False, "alignment_asserts": False}):
+        decomposed = make_fx(graph, decomposition_table=decomposition.select_decomp_table())(*examples)
+        fake = make_fx(decomposed, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        inputs = [node.meta["val"] for node in fake.graph.nodes if node.op == "placeholder"]
+        single = not isinstance(graph(*examples), tuple)
+        if single:
+            _return_tuple(fake)
+        with virtualized.V.set_fake_mode(inputs[0].fake_mode):
+            compiled = compile_fx.compile_fx_inner(fake, inputs)
+    run = getattr(compiled, "current_callable", None) or compiled
+    return (lambda inputs: run(inputs)[0]) if single else run
+
+
+def _return_tuple(graph: fx.GraphModule) -> None:
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    output.args = ((output.args[0],),)
+    graph.recompile()
+
+
+def _compile_with_guards(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compiled:
+    """By the ordinary door; on CUDA as a graph of kernels that is launched at once."""
+    cuda = any(x.is_cuda for x in examples)
+    options = {"triton.cudagraphs": True} if cuda else None
+    compiled = torch._inductor.compile(copy.deepcopy(graph), list(examples), options=options)
+    if not cuda:
+        return lambda inputs: compiled(*inputs)
+    return lambda inputs: tree_map(torch.clone, compiled(*inputs))  # a CUDA graph overwrites its outcome
 
 
 def _clean(recorded: fx.GraphModule) -> fx.GraphModule:

@@ -27,12 +27,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions import Transform
+from torch.utils._pytree import tree_map
 
 from ..foundation.errors import ModelError, SamplingError, ShapeError
 from ..foundation.graphs import compile_graph, trace_graph
@@ -138,7 +140,7 @@ class Potential:
         self.dtype, self.device = program.place
         self.num_gradients = 0
         self.inverse_temperature: Tensor | None = None
-        self._data = tuple(x.detach() for x in program.data)
+        self._data = tuple(x.detach().contiguous() for x in program.data)
         self._fused: dict[Any, _Fused] = {}
         self._notes: list[str] = list(program.why)
 
@@ -201,7 +203,7 @@ class Potential:
         data = self.program.data_of(args, kwargs) if isinstance(self.program, Program) else None
         if data is None:
             return False
-        before, self._data = self._data, tuple(x.detach() for x in data)
+        before, self._data = self._data, tuple(x.detach().contiguous() for x in data)
         q = torch.rand(1, self.dim, dtype=self.dtype, device=self.device) * 2 - 1
         try:
             for value, gradient in self._answers(q):
@@ -211,38 +213,28 @@ class Potential:
             return False
         return True
 
-    def fuse(self, function: Callable[..., Any], gradients: int = 0) -> Callable[..., Any]:
+    def fuse(self, function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """A function of tensors that uses this potential, recorded and compiled as one with it.
 
         Arguments:
-            function: ``function(potential, *tensors)`` to tensors, the first of which has a row for each chain; pure,
-                without branches on numbers. As ``potential`` it is given something with ``value``, ``grad``,
-                ``value_and_grad`` and ``parts``.
-            gradients: how many a call evaluates for each chain.
+            function: ``function(potential, *tensors)`` to tensors; pure, without branches on numbers. As ``potential``
+                it is given something with ``value``, ``grad``, ``value_and_grad`` and ``parts``.
+            tensors: arguments of the first call, the first of which has a row for each chain.
+
+        Returns:
+            A function of tensors of these shapes, for as long as data and temperatures stay.
         """
+        if self.max_batch is not None and len(tensors[0]) > self.max_batch:
+            return partial(function, self)
         if function not in self._fused:
             self._fused[function] = _Fused(self, function)
-        fused = self._fused[function]
-
-        def call(*tensors: Tensor) -> Any:
-            rows = len(tensors[0])
-            if self.max_batch is not None and rows > self.max_batch:
-                return function(self, *tensors)
-            self.num_gradients += gradients * rows
-            return fused(*tensors)
-
-        return call
+        return self._fused[function].bind(tensors)
 
     def plan(self, calls: float) -> None:
         """Decide between graph and compiled for so many gradients to come; only with ``level="auto"``."""
         if self.level == "auto":
             seconds, compile_seconds = max((fused.cost() for fused in self._fused.values()), default=(0.0, math.inf))
             self.mode = "compiled" if calls * seconds > 2 * compile_seconds else "graph"
-
-    @property
-    def unrolls(self) -> bool:
-        """Whether several leapfrogs in one function are faster than one by one."""
-        return not self.uncompiled and "compiled" in (self.level, self.mode)
 
     # -- Pyro's form --------------------------------------------------------------------------------------------------
 
@@ -290,12 +282,13 @@ class Potential:
             raise ShapeError(f"q: got shape {tuple(q.shape)}, needs (chains, {self.dim}).")
         most = self.max_batch
         if most is None or len(q) <= most:
-            return self.fuse(function)(q)
+            return self.fuse(function, (q,))(q.contiguous())
         temperatures, outcomes = self.inverse_temperature, []
         for start in range(0, len(q), most):
             rows = torch.arange(start, start + most, device=q.device).clamp_max(len(q) - 1)  # the last chunk is padded
             self.inverse_temperature = temperatures[rows] if self.tempered else None
-            outcomes.append(self.fuse(function)(q[rows]))
+            chunk = q[rows]
+            outcomes.append(self.fuse(function, (chunk,))(chunk))
         self.inverse_temperature = temperatures
         if isinstance(outcomes[0], tuple):
             return tuple(torch.cat(parts)[: len(q)] for parts in zip(*outcomes, strict=True))
@@ -347,9 +340,10 @@ class _Fused:
         """Numbers of chains met."""
         return {shapes[0][0] for shapes in self._recorded}
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def bind(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """What to call with tensors of these shapes."""
         inputs = self.owner.inputs()
-        shapes = tuple(x.shape for x in tensors)
+        shapes = tuple([x.shape for x in tensors])
         recorded = self._recorded.get(shapes)
         if recorded is None:
             recorded = self._recorded[shapes] = self._record(tensors, inputs)
@@ -357,9 +351,9 @@ class _Fused:
         if recorded.compiled is None and self._pays(recorded):
             self._compile(recorded, tensors, inputs)
         if recorded.compiled is not None and self.owner.mode != "graph":
-            return recorded.compiled(*tensors, *inputs)
-        with torch.no_grad():
-            return recorded.run(*tensors, *inputs)
+            compiled = recorded.compiled
+            return lambda *tensors: compiled([*tensors, *inputs])
+        return lambda *tensors: _without_grad(recorded.run, tensors, inputs)
 
     def cost(self) -> tuple[float, float]:
         """Seconds of a call of the graph and of its compilation, as counted; the largest of all shapes."""
@@ -370,7 +364,8 @@ class _Fused:
         n = len(tensors)
 
         def flat(*everything: Tensor) -> Any:
-            return self.function(_Inside(self.owner, everything[n:]), *everything[:n])
+            outcome = self.function(_Inside(self.owner, everything[n:]), *everything[:n])
+            return tree_map(torch.Tensor.contiguous, outcome)  # for the next call, whose compiled loops count on it
 
         if self.owner.level != "eager" and self.owner.program.road != "loop":
             try:
@@ -392,7 +387,8 @@ class _Fused:
 
     def _compile(self, recorded: _Recorded, tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
         try:
-            recorded.compiled = compile_graph(recorded.graph, (*tensors, *inputs))
+            examples = tuple(x.contiguous() for x in (*tensors, *inputs))
+            recorded.compiled = compile_graph(recorded.graph, examples)
             self.level = "compiled"
         except RuntimeError as error:
             self.owner.uncompiled = True
@@ -450,6 +446,11 @@ class _PyroEnergy(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return cotangent * gradient, None
+
+
+def _without_grad(run: Callable[..., Any], tensors: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Any:
+    with torch.no_grad():
+        return run(*tensors, *inputs)
 
 
 def _value(energy: Any, q: Tensor) -> Tensor:
