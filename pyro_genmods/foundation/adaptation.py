@@ -169,6 +169,7 @@ class TrajectoryLength:
     second: float = 0.0
     count: int = 0
     log_average: float = 0.0
+    averaged: int = 0
 
     @property
     def length(self) -> float:
@@ -178,7 +179,7 @@ class TrajectoryLength:
     @property
     def final(self) -> float:
         """The average to keep."""
-        return math.exp(self.log_average) if self.count else self.length
+        return math.exp(self.log_average) if self.averaged else self.length
 
     def update(self, before: Tensor, info: Info, moments: tuple[Tensor, Tensor], time: float, usable: Tensor) -> None:
         """Learn from trajectories of a duration that is ``time`` times the length.
@@ -193,8 +194,8 @@ class TrajectoryLength:
         centre, scale = moments
         y0, y1 = whitened(scale, before - centre), whitened(scale, info.proposal - centre)
         change = y1.square().sum(-1) - y0.square().sum(-1)
-        gain = info.acceptance * change * (y1 * info.momentum).sum(-1)
-        self._ascend(float(torch.where(usable & gain.isfinite(), gain, 0.0).mean()) * time)
+        slope = info.acceptance * change * (y1 * info.momentum).sum(-1)
+        self._ascend(float(torch.where(usable & slope.isfinite(), slope, 0.0).mean()) * time * self.length)
 
     def _ascend(self, slope: float) -> None:
         if not math.isfinite(slope):
@@ -204,8 +205,12 @@ class TrajectoryLength:
         self.second = 0.95 * self.second + 0.05 * slope * slope
         first, second = self.first / (1 - 0.8**self.count), self.second / (1 - 0.95**self.count)
         self.log_length += max(-0.35, min(0.35, self.rate * first / (math.sqrt(second) + 1e-30)))
-        weight = self.count**-0.5
-        self.log_average = (1 - weight) * self.log_average + weight * self.log_length
+        self.averaged += 1
+        self.log_average += (self.log_length - self.log_average) / self.averaged
+
+    def restart(self) -> None:
+        """Begin the average anew."""
+        self.averaged = 0
 
 
 def state_of(adaptation: DualAveraging | TrajectoryLength) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compil
 
 
 def _compile_bare(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compiled:
-    """The compiled loops themselves. What guards them costs more than small graphs do; callers keep shapes and order."""
+    """The compiled loops themselves: what guards them costs more than a small graph, so callers keep to the rules."""
     from torch._inductor import compile_fx, config, decomposition, virtualized
 
     examples = tuple(x.clone() for x in examples)

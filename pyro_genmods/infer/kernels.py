@@ -350,7 +350,7 @@ class HMC(ChainKernel):
     """
 
     target = 0.651
-    length = 1.0
+    length = 1.3
 
     def __init__(
         self,

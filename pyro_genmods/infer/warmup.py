@@ -5,14 +5,15 @@ iterations               what happens
 ======================== ===========================================================================================
 before the first         *descent*: short trajectories with a step size for each chain, halved where it is refused,
                          until no energy is far above the others and they fall no more
-all, up to 85 %          step size, scale and trajectory length follow all chains; the moments behind the scale start
-                         afresh at 3 %, 10 %, 25 % and 50 %, so that the way from the start is forgotten
+all, up to 85 %          step size and scale follow all chains; the moments behind the scale start afresh at 3 %, 10 %,
+                         25 % and 50 %, so that the way from the start is forgotten
+from 25 % to 85 %        the trajectory length, which means little while the scale is wrong
 at 25 % and 50 %         strongly correlated coordinates get a whole covariance for their scale
 the last 15 %            scale and length stay, the step size settles
 ======================== ===========================================================================================
 
-Afterwards nothing changes any more. A chain whose energy is far above that of the others is not learned from; and it has
-its own step size in the descent, so that it neither spoils what the others learn nor is left behind.
+Afterwards nothing changes any more. A chain whose energy is far above that of the others is not learned from; and it
+has its own step size in the descent, so that it neither spoils what the others learn nor is left behind.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FREEZE = 0.85
 DOUBLINGS = 30
 DENSE_DIM = 128  # up to which correlations are looked at
 DENSE_CONDITION = 8.0  # ratio of extreme variances, after scaling, that makes a covariance worth its products
+DEPENDENCE = 5.0  # iterations that are worth an independent draw in warm-up
 DESCENT, DESCENT_LEAPFROGS, DESCENT_WINDOW = 150, 4, 10
 
 Randoms = Callable[[], tuple[Tensor, Tensor]]
@@ -134,7 +136,8 @@ class WarmUp:
             self.step.update(harmonic_mean(info.acceptance, usable))
         jump = False
         if self.iteration < FREEZE * self.iterations:
-            if self.trajectory is not None and "length" in self.adapt:
+            late = self.iteration >= RESTARTS[-2] * self.iterations  # lengths mean little while the scale is wrong
+            if late and self.trajectory is not None and "length" in self.adapt:
                 self.trajectory.update(before.position, info, (self.centre, self.scale), time, usable)
             jump = self._learn_scale(state.position[usable])
         self.iteration += 1
@@ -160,28 +163,31 @@ class WarmUp:
         return jump
 
     def _worth_a_matrix(self) -> bool:
+        """Whether correlations are strong beyond what chance makes of so few independent draws."""
         late = self.iteration + 1 >= int(RESTARTS[-2] * self.iterations)
-        if not (late and self.moments.dense and self.moments.count >= 10 * len(self.centre)):
+        ratio = len(self.centre) * DEPENDENCE / self.moments.count
+        if not (late and self.moments.dense and ratio < 0.1):
             return False
+        chance = ((1 + math.sqrt(ratio)) / (1 - math.sqrt(ratio))) ** 2  # Marchenko and Pastur
         correlation = self.moments.correlation()
         if not bool(correlation.isfinite().all()):
             return False
         values = torch.linalg.eigvalsh(correlation)
-        return float(values[-1]) > DENSE_CONDITION * float(values[0].clamp_min(1e-12))
+        return float(values[-1]) > DENSE_CONDITION * chance * float(values[0].clamp_min(1e-12))
 
     def _turn(self) -> None:
         """What changes between two phases."""
         if self.iteration in {int(f * self.iterations) for f in RESTARTS}:
             self.moments.restart()
         if self.iteration == int(RESTARTS[-1] * self.iterations) and self.trajectory is not None:
-            self.trajectory.count = 0
+            self.trajectory.restart()
         if self.iteration == int(FREEZE * self.iterations):
             if self.trajectory is not None:
                 self.trajectory.log_length = math.log(self.trajectory.final)
             if "step_size" in self.adapt:
                 self.step.restart()
 
-    # -- to and from disk -----------------------------------------------------------------------------------------------
+    # -- to and from disk ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which the warm-up goes on as if nothing had happened."""
