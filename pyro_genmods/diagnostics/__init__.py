@@ -1,6 +1,16 @@
 """Whether to trust a result: numbers and pictures, with ArviZ underneath."""
 
+from ..foundation.convergence import nested_r_hat
 from .calibration import Coverage, interval_coverage, psis_khat
+from .inference_data import to_inference_data
 from .plots import plot_calibration, plot_image_posterior
 
-__all__ = ["Coverage", "interval_coverage", "plot_calibration", "plot_image_posterior", "psis_khat"]
+__all__ = [
+    "Coverage",
+    "interval_coverage",
+    "nested_r_hat",
+    "plot_calibration",
+    "plot_image_posterior",
+    "psis_khat",
+    "to_inference_data",
+]

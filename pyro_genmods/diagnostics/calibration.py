@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..foundation.errors import ShapeError
 
-__all__ = ["Coverage", "interval_coverage", "psis_khat"]
+__all__ = ["Coverage", "interval_coverage", "pareto_smoothed", "psis_khat"]
 
 
 def psis_khat(log_weights: Tensor) -> float:
@@ -45,12 +45,30 @@ def psis_khat(log_weights: Tensor) -> float:
     """
     if log_weights.dim() != 1 or len(log_weights) < 100:
         raise ShapeError(f"log_weights: got shape {tuple(log_weights.shape)}, needs (draws,) with at least 100 draws.")
+    return pareto_smoothed(log_weights)[1]
+
+
+def pareto_smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
+    r"""Importance weights with their largest replaced by expected order statistics of a Pareto tail, and its index.
+
+    Arguments:
+        log_weights: as for :func:`psis_khat`.
+
+    Returns:
+        Logarithms of weights that sum to one, ``(draws,)``, float64 on the CPU, and :math:`\hat k`. Where a weight is
+        not finite, or all are equal, they are returned as they are, with an index of ``inf``.
+    """
     import arviz as az  # when asked for: it takes seconds, and sets warning filters
 
-    if bool(log_weights.isnan().any()):
-        return float("inf")
-    _, khat = az.psislw(log_weights.detach().cpu().double().numpy())
-    return float(khat)
+    weights = log_weights.detach().cpu().double()
+    if bool(weights.isnan().any() | weights.isposinf().any() | (weights == weights[0]).all()):
+        return weights, float("inf")
+    if hasattr(az, "convert_to_datatree"):  # ArviZ 1.x, where it takes log likelihoods, of which weights are inverses
+        inverse = az.dict_to_dataset({"weights": -weights.numpy()}, sample_dims=["sample"])["weights"]
+        smoothed, khat = inverse.azstats.psislw(dim="sample")
+    else:
+        smoothed, khat = az.psislw(weights.numpy())
+    return torch.from_numpy(np.array(smoothed, dtype=float)), float(khat)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Moments:
         variance = variance.clamp_min(1e-6 * variance.clamp_min(1e-20).log().mean().exp() + 1e-20)
         if not dense:
             return variance.sqrt()
-        return torch.linalg.cholesky(self.covariance + (5 / (self.count + 5) * 1e-3 * variance).diag())
+        return torch.linalg.cholesky(self.covariance + (5 / (self.count + 5) * 1e-3 * variance).diag()).contiguous()
 
     def correlation(self) -> Tensor:
         """Correlations ``(dim, dim)``; dense moments only."""

@@ -31,7 +31,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ __all__ = [
 DIVERGENCE = 1000.0
 
 
+@runtime_checkable
 class PotentialLike(Protocol):
     """What a transition asks of a target: energies and gradients of rows, and functions fused with them.
 

@@ -341,7 +341,7 @@ class _Fused:
         return {shapes[0][0] for shapes in self._recorded}
 
     def bind(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """What to call with tensors of these shapes."""
+        """What to call with tensors of these shapes, as contiguous as these."""
         inputs = self.owner.inputs()
         shapes = tuple([x.shape for x in tensors])
         recorded = self._recorded.get(shapes)
@@ -352,7 +352,9 @@ class _Fused:
             self._compile(recorded, tensors, inputs)
         if recorded.compiled is not None and self.owner.mode != "graph":
             compiled = recorded.compiled
-            return lambda *tensors: compiled([*tensors, *inputs])
+            if all([x.is_contiguous() for x in tensors]):
+                return lambda *tensors: compiled([*tensors, *inputs])
+            return lambda *tensors: compiled([*(x.contiguous() for x in tensors), *inputs])
         return lambda *tensors: _without_grad(recorded.run, tensors, inputs)
 
     def cost(self) -> tuple[float, float]:
