@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..foundation.convergence import nested_r_hat
 from ..foundation.errors import SamplingError
-from .kernels import ChainKernel
+from .chain_kernel import ChainKernel
 
 __all__ = ["MCMC"]
 

@@ -103,6 +103,7 @@ class WarmUp:
         self.trajectory = None if length is None else TrajectoryLength(math.log(length))
         self._first_scale = "scale" in adapt
         self._size: tuple[float, Tensor] | None = None
+        self._lag: Tensor | None = None  # factors for chains that are still far from the others
 
     @property
     def finished(self) -> bool:
@@ -125,7 +126,7 @@ class WarmUp:
         number = self.step_size
         if self._size is None or self._size[0] != number:
             self._size = (number, self.scale.new_full((self.chains, 1), number))
-        return self._size[1]
+        return self._size[1] if self._lag is None else self._size[1] * self._lag
 
     def update(self, before: State, state: State, info: Info, time: float) -> bool:
         """Learn from one transition of all chains; returns whether the step size should be looked for anew."""
@@ -140,9 +141,18 @@ class WarmUp:
             if late and self.trajectory is not None and "length" in self.adapt:
                 self.trajectory.update(before.position, info, (self.centre, self.scale), time, usable)
             jump = self._learn_scale(state.position[usable])
+        self._lag = self._follow(usable, info)
         self.iteration += 1
         self._turn()
         return jump and "step_size" in self.adapt
+
+    def _follow(self, usable: Tensor, info: Info) -> Tensor | None:
+        """Step sizes of their own for chains that have not arrived, during warm-up."""
+        if bool(usable.all()) or self.iteration + 1 == self.iterations:
+            return None
+        lag = torch.ones_like(info.acceptance) if self._lag is None else self._lag[:, 0]
+        factor = torch.where(info.acceptance > 0.8, 2.0, torch.where(info.acceptance < 0.4, 0.25, 1.0))
+        return torch.where(usable, 1.0, lag * factor).clamp(1e-9, 1.0)[:, None]
 
     def around(self, step_size: float) -> None:
         """Go on from another step size."""
