@@ -32,6 +32,7 @@ __all__ = ["compile_graph", "trace_graph"]
 Compiled = Callable[[list[Tensor]], Any]
 aten = torch.ops.aten
 TRANSPARENT = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+BROADCAST = 1 << 10  # numbers in a constant that is worth the search for repetition
 LARGE = 1 << 22  # numbers in a constant beyond which computing it again is better than keeping it
 
 
@@ -96,7 +97,8 @@ def _compile_bare(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compil
     from torch._inductor import compile_fx, config, decomposition, virtualized
 
     examples = tuple(x.clone() for x in examples)
-    with config.patch({"size_asserts": False, "alignment_asserts": False}):
+    trust = {"cpp.vec_isa_ok": True}  # the processor's own word, instead of seconds of trying
+    with config.patch({"size_asserts": False, "alignment_asserts": False, **trust}):
         decomposed = make_fx(graph, decomposition_table=decomposition.select_decomp_table())(*examples)
         fake = make_fx(decomposed, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
         inputs = [node.meta["val"] for node in fake.graph.nodes if node.op == "placeholder"]
@@ -201,12 +203,26 @@ def _fold_constants(recorded: fx.GraphModule) -> None:
     for index, (node, value) in enumerate(constants.items()):
         leaves = node.op == "call_function" and any(user not in constants for user in node.users)
         if leaves and isinstance(value, Tensor) and value.numel() < LARGE:
-            name = f"_folded_constant{index}"
-            recorded.register_buffer(name, value.clone(), persistent=False)
+            name, small = f"_folded_constant{index}", _compact(value)
+            recorded.register_buffer(name, small.clone(), persistent=False)
             with graph.inserting_before(node):
                 attribute = graph.get_attr(name)
-            attribute.meta = dict(node.meta)
+                attribute.meta = {**node.meta, "val": small}
+                if small.shape != value.shape:
+                    attribute = graph.call_function(aten.expand.default, (attribute, list(value.shape)))
+                    attribute.meta = dict(node.meta)
             node.replace_all_uses_with(attribute)
+
+
+def _compact(value: Tensor) -> Tensor:
+    """A large constant without the dimensions along which it repeats itself: compiled loops then read less memory."""
+    if value.numel() < BROADCAST:
+        return value
+    for dim in range(value.dim()):
+        first = value.narrow(dim, 0, 1)
+        if value.shape[dim] > 1 and bool((value == first).all()):
+            value = first
+    return value
 
 
 def _random(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from ..foundation.chains import Info, State, Step, start
 from ..foundation.errors import SamplingError, ShapeError
 from .functions import FunctionProgram
 from .potential import Potential, potential
+from .randoms import Stream
 from .warmup import WarmUp, descend, find_step_size
 
 __all__ = ["ChainKernel"]
@@ -78,7 +79,7 @@ class ChainKernel(MCMCKernel):
     def _clear(self) -> None:
         self.state: State | None = None
         self.warmup: WarmUp | None = None
-        self.generator: torch.Generator | None = None
+        self.stream: Stream | None = None
         self.iteration = 0
         self._given: dict[str, Tensor] | None = None
         self._returned: dict[str, Tensor] | None = None
@@ -116,12 +117,12 @@ class ChainKernel(MCMCKernel):
         self.potential = self._find_potential(args, kwargs or {}, initial_params, num_chains)
         energy, self._samples = self.potential, num_samples
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self.generator = torch.Generator(energy.device).manual_seed(seed)
         position = self._place(num_chains, initial_params, groups, seed)
+        self.stream = Stream(seed, position)
         self.state, found = start(position, energy), self.step_size
         self._plan(warmup_steps + num_samples, TYPICAL_LEAPFROGS if self.length else 1)
         if warmup_steps and self._adapt["step_size"]:
-            self.state, sizes = descend(self.state, energy, self._randoms)
+            self.state, sizes = descend(self.state, energy, self.stream.next)
             found = found or float(sizes.median())
         adapt = frozenset(name for name, wanted in self._adapt.items() if wanted)
         self.warmup = WarmUp(
@@ -138,12 +139,12 @@ class ChainKernel(MCMCKernel):
         """One iteration of all chains; learns from it during warm-up."""
         before, warmup = self.state, self.warmup
         time, leapfrogs = self._duration()
-        noise, log_uniform = self._randoms()
+        noise, log_uniform = self.stream.next()
         step = Step(warmup.size(), warmup.scale, noise, log_uniform, leapfrogs)
         self.state, info = self._transition(before, step)
         self.last = (warmup.step_size, leapfrogs)
         if warmup.update(before, self.state, info, time):
-            warmup.around(find_step_size(self.state, self.potential, self._randoms, warmup.scale, 1.0))
+            warmup.around(find_step_size(self.state, self.potential, self.stream.next, warmup.scale, 1.0))
         if warmup.finished and self.iteration + 1 == warmup.iterations:
             self._plan(self._samples, self._expected_leapfrogs())
         self.iteration += 1
@@ -162,11 +163,6 @@ class ChainKernel(MCMCKernel):
     def _duration(self) -> tuple[float, int]:
         """Duration of the next trajectory relative to the mean, and its leapfrogs."""
         return 1.0, 1
-
-    def _randoms(self) -> tuple[Tensor, Tensor]:
-        q = self.state.position
-        noise = torch.empty_like(q).normal_(generator=self.generator)
-        return noise, torch.empty_like(q[:, 0]).uniform_(generator=self.generator).log_()
 
     def _find_potential(
         self,
@@ -216,14 +212,15 @@ class ChainKernel(MCMCKernel):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which :meth:`advance` goes on as if nothing had happened."""
         tensors, numbers = self.warmup.state_dict()
-        tensors = {**tensors, **self.state._asdict(), "generator": self.generator.get_state()}
-        return tensors, {**numbers, "kernel_iteration": self.iteration}
+        before, used = self.stream.state()
+        tensors = {**tensors, **self.state._asdict(), "generator": before}
+        return tensors, {**numbers, "kernel_iteration": self.iteration, "used": used}
 
     def load_state_dict(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; after :meth:`begin`."""
         self.warmup.load_state_dict(tensors, numbers)
         self.state = State(tensors["position"], tensors["energy"], tensors["gradient"])
-        self.generator.set_state(tensors["generator"].cpu())
+        self.stream.set_state(tensors["generator"], numbers["used"])
         self.iteration = numbers["kernel_iteration"]
 
     # -- one chain, by Pyro's protocol --------------------------------------------------------------------------------
@@ -296,4 +293,4 @@ class ChainKernel(MCMCKernel):
         return {"divergences": list(self._divergences), "acceptance rate": self._acceptance}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "generator": None, "potential": None, "state": None, "warmup": None}
+        return {**self.__dict__, "stream": None, "potential": None, "state": None, "warmup": None}

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from pyro.infer.mcmc.util import diagnostics, print_summary, select_samples
 from torch import Tensor
-from tqdm import tqdm
 
 from ..foundation.convergence import nested_r_hat
 from ..foundation.errors import SamplingError
 from .chain_kernel import ChainKernel
+from .draws import Draws, Progress
 
 __all__ = ["MCMC"]
 
 WARMUP_TRANSITIONS = 6400  # over all chains; a hundred iterations of sixty-four chains
 WARMUP_RANGE = (100, 1000)
-REFRESH = 0.25  # seconds between two states of the progress bar
-STATS = ("acceptance_rate", "diverging", "energy", "lp", "n_steps", "step_size")
 STUCK = 0.02  # a realised acceptance below which chains are called stuck
 
 
@@ -105,8 +103,7 @@ class MCMC:
         self.initial_params, self.hook_fn, self.progress_bar = initial_params, hook_fn, progress_bar
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
-        self._rows: Tensor | None = None
-        self._stats: dict[str, Tensor] = {}
+        self._draws = Draws()
         self.num_gradients, self.seconds = 0, {}
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -120,11 +117,9 @@ class MCMC:
         began = time.perf_counter()
         self._begin(args, kwargs)
         self.seconds = {"start": time.perf_counter() - began}
-        done = self._loop()
+        self._loop()
         self.seconds["total"] = time.perf_counter() - began
         self.num_gradients = self.kernel.potential.num_gradients - self._gradients_before
-        if done < self.num_samples:
-            self._cut(done)
         self._warn()
 
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -144,14 +139,11 @@ class MCMC:
         )
         if kernel.potential is not known:
             self._gradients_before = 0
-        q = kernel.state.position
-        self._rows = q.new_empty(self.num_samples, *q.shape)
-        self._stats = {name: q.new_zeros(self.num_samples, self.num_chains) for name in STATS}
+        self._draws = Draws()
 
-    def _loop(self) -> int:
-        """Iterate; returns the number of finished draws."""
+    def _loop(self) -> None:
         kernel, done = self.kernel, 0
-        with _Progress(self) as progress:
+        with Progress(self) as progress:
             try:
                 while not kernel.warmup.finished:
                     info = kernel.advance()
@@ -159,9 +151,11 @@ class MCMC:
                     self._hook("warmup", kernel.warmup.iteration - 1)
                 self.seconds["warmup"] = time.perf_counter() - progress.began
                 while done < self.num_samples:
-                    for _ in range(self.thinning):
-                        info = kernel.advance()
-                    self._keep(done, info)
+                    diverging = kernel.advance().diverging if self.thinning > 1 else None
+                    for _ in range(self.thinning - 2):
+                        diverging = diverging | kernel.advance().diverging
+                    info = kernel.advance()
+                    self._draws.add(kernel, info, info.diverging if diverging is None else diverging | info.diverging)
                     done += 1
                     progress.show("sampling", info, done)
                     self._hook("sample", done - 1)
@@ -169,30 +163,15 @@ class MCMC:
                 if not done:
                     raise
                 warnings.warn(f"interrupted: {done} of {self.num_samples} draws of each chain are kept.", stacklevel=3)
-        return done
-
-    def _keep(self, index: int, info: Any) -> None:
-        state, (size, leapfrogs), stats = self.kernel.state, self.kernel.last, self._stats
-        self._rows[index] = state.position
-        stats["acceptance_rate"][index] = info.acceptance
-        stats["diverging"][index] = info.diverging
-        stats["energy"][index] = info.energy
-        stats["lp"][index] = state.energy
-        stats["n_steps"][index] = leapfrogs
-        stats["step_size"][index] = size
 
     def _hook(self, stage: str, index: int) -> None:
         if self.hook_fn is not None:
             params = self.kernel.potential.layout.unflatten(self.kernel.state.position)
             self.hook_fn(self.kernel, params, stage, index)
 
-    def _cut(self, done: int) -> None:
-        self._rows = self._rows[:done]
-        self._stats = {name: values[:done] for name, values in self._stats.items()}
-
     def _warn(self) -> None:
         """Say what makes the draws doubtful."""
-        stats = self._stats
+        stats = self._draws.stats()
         if float(stats["acceptance_rate"].mean()) < STUCK:
             raise SamplingError(
                 f"the chains do not move: {float(stats['acceptance_rate'].mean()):.1%} of the proposals were accepted. "
@@ -214,15 +193,14 @@ class MCMC:
     @property
     def unconstrained(self) -> Tensor:
         """Draws as rows, ``(chains, draws, dim)``."""
-        if self._rows is None:
+        if not len(self._draws):
             raise RuntimeError("MCMC: has no draws yet; call run() first.")
-        return self._rows.transpose(0, 1)
+        return self._draws.rows().transpose(0, 1)
 
     @property
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of every draw, ``(chains, draws)``; ``lp`` is the log density in unconstrained space, in nats."""
-        stats = {name: values.T for name, values in self._stats.items()}
-        return {**stats, "diverging": stats["diverging"].bool(), "lp": -stats["lp"]}
+        return {name: values.T for name, values in self._draws.stats().items()}
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws of every latent site, in its support.
@@ -253,40 +231,6 @@ class MCMC:
         print_summary(self.get_samples(group_by_chain=True), prob=prob)
         if not self.kernel.exact:
             print("unadjusted Langevin: these draws are biased by its step size")  # noqa: T201
-
-
-class _Progress:
-    """A bar that says how it goes, refreshed a few times a second."""
-
-    def __init__(self, mcmc: MCMC) -> None:
-        self.mcmc, self.divergences = mcmc, 0
-        self.total = mcmc.warmup_steps + mcmc.num_samples * mcmc.thinning
-        self.began = self.shown = time.perf_counter()
-
-    def __enter__(self) -> _Progress:
-        self.bar = tqdm(total=self.total, disable=not self.mcmc.progress_bar, mininterval=REFRESH, leave=True)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def show(self, phase: str, info: Any, done: int) -> None:
-        now = time.perf_counter()
-        if self.bar.disable or (now - self.shown < REFRESH and done < self.mcmc.num_samples):
-            return
-        self.shown = now
-        kernel = self.mcmc.kernel
-        size, leapfrogs = kernel.last
-        stats = {"acc": f"{float(info.acceptance.mean()):.2f}", "step": f"{size:.2g}", "leapfrogs": leapfrogs}
-        if done:
-            stats["divergences"] = int(self.mcmc._stats["diverging"][:done].sum())
-        if done >= 8:
-            rows = self.mcmc._rows[:done].transpose(0, 1)
-            stats["R-hat"] = f"{float(nested_r_hat(rows, self.mcmc.superchains).max()):.3f}"
-        self.bar.set_description(phase)
-        self.bar.set_postfix(stats, refresh=False)
-        self.bar.n = kernel.iteration
-        self.bar.refresh()
 
 
 def _superchains(chains: int, wanted: int | None) -> int:
