@@ -93,7 +93,7 @@ class Step(NamedTuple):
 
     Attributes:
         size: of a leapfrog, one number or a column ``(chains, 1)``.
-        scale: standard deviations ``(dim,)`` or a lower triangle ``(dim, dim)``.
+        scale: standard deviations ``(dim,)``, those of each chain ``(chains, 1, dim)``, or a lower triangle ``(dim, dim)``.
         noise: standard normal, ``(chains, dim)``.
         log_uniform: logarithms of uniform numbers, ``(chains,)``.
         leapfrogs: how many.
@@ -178,7 +178,7 @@ def scaled(scale: Tensor, x: Tensor) -> Tensor:
         >>> scaled(torch.tensor([1.0, 2.0]), torch.ones(1, 2))
         tensor([[1., 2.]])
     """
-    return x * scale if scale.dim() == 1 else x @ scale.mT
+    return x @ scale.mT if scale.dim() == 2 else x * _rows(scale)
 
 
 def whitened(scale: Tensor, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def whitened(scale: Tensor, x: Tensor) -> Tensor:
         >>> whitened(torch.tensor([1.0, 2.0]), torch.ones(1, 2))
         tensor([[1.0000, 0.5000]])
     """
-    return x / scale if scale.dim() == 1 else torch.linalg.solve_triangular(scale, x.mT, upper=False).mT
+    return torch.linalg.solve_triangular(scale, x.mT, upper=False).mT if scale.dim() == 2 else x / _rows(scale)
 
 
 def leapfrog(
@@ -297,7 +297,12 @@ def langevin(state: State, potential: PotentialLike, step: Step) -> tuple[State,
 
 def _pulled(scale: Tensor, gradient: Tensor) -> Tensor:
     r"""The gradient in round coordinates, :math:`S^\top g`."""
-    return gradient * scale if scale.dim() == 1 else gradient @ scale
+    return gradient @ scale if scale.dim() == 2 else gradient * _rows(scale)
+
+
+def _rows(scale: Tensor) -> Tensor:
+    """Standard deviations for all chains, or for each."""
+    return scale.reshape(-1, scale.shape[-1])
 
 
 def _finish(potential: PotentialLike, position: Tensor, momentum: Tensor, gradient: Tensor, *rest: Tensor) -> Any:

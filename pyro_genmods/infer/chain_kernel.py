@@ -114,13 +114,16 @@ class ChainKernel(MCMCKernel):
             SamplingError: no start with finite energy and gradient was found.
         """
         self._clear()
-        self.potential = self._find_potential(args, kwargs or {}, initial_params, num_chains)
-        energy, self._samples = self.potential, num_samples
+        self.potential = self._find_potential(args, kwargs or {}, initial_params)
+        self._samples = num_samples
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        position = self._place(num_chains, initial_params, groups, seed)
-        self.stream = Stream(seed, position)
+        self._launch(self._place(num_chains, initial_params, groups, seed), seed, warmup_steps)
+
+    def _launch(self, position: Tensor, seed: int, warmup_steps: int) -> None:
+        """Everything that a run needs besides its potential, from where the chains start."""
+        energy, self.stream = self.potential, Stream(seed, position)
         self.state, found = start(position, energy), self.step_size
-        self._plan(warmup_steps + num_samples, TYPICAL_LEAPFROGS if self.length else 1)
+        self._plan(warmup_steps + self._samples, TYPICAL_LEAPFROGS if self.length else 1)
         if warmup_steps and self._adapt["step_size"]:
             self.state, sizes = descend(self.state, energy, self.stream.next)
             found = found or float(sizes.median())
@@ -169,7 +172,6 @@ class ChainKernel(MCMCKernel):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         initial_params: Mapping[str, Tensor] | None,
-        num_chains: int,
     ) -> Potential:
         if self.model is not None:
             if self.potential is not None and self.potential.update(args, kwargs):
@@ -193,6 +195,7 @@ class ChainKernel(MCMCKernel):
             q = self.potential.layout.flatten(initial_params, 1).to(self.potential.dtype)
             if len(q) != num_chains:
                 raise ShapeError(f"initial_params: has values for {len(q)} chains, needs {num_chains}.")
+            self.potential.inverse_temperature = torch.ones_like(q[:, 0])
             value, gradient = self.potential.value_and_grad(q)
             bad = ~(value.isfinite() & gradient.isfinite().all(-1))
             if bool(bad.any()):

@@ -26,6 +26,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform, TransformedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.util import site_is_subsample
@@ -181,6 +182,7 @@ class Program:
             raise ModelError("model: has no continuous latent site, so there is nothing to sample.")
         values = {name: trace.nodes[name]["value"].detach() for name in names}
         self._check_places(values)
+        self._priors = {name: _innermost(trace.nodes[name]["fn"]) for name in names}
         self._event_dims = {name: trace.nodes[name]["fn"].event_dim for name in names}
         start = {name: transforms[name](x) if name in transforms else x for name, x in values.items()}
         self._batch_dims = {name: values[name].dim() - self._event_dims[name] for name in names}
@@ -331,6 +333,10 @@ class Program:
                     "road='loop' to run chain by chain, slowly."
                 )
 
+    def improper(self) -> list[str]:
+        """Latents whose prior is improper."""
+        return [name for name, fn in self._priors.items() if isinstance(fn, ImproperUniform)]
+
     def _check_deterministic(self, q: Tensor) -> None:
         first, again = self.reference(q, self.data)[0], self.reference(q, self.data)[0]
         if not torch.equal(first, again) and not bool(first.isnan() & again.isnan()):
@@ -343,7 +349,7 @@ class Program:
     def start(self, strategy: Callable[..., Any], chains: int) -> Tensor:
         """Rows that an initialisation strategy of Pyro proposes, ``(chains, dim)``."""
         args, kwargs = self.arguments(self.data)
-        model = InitMessenger(strategy)(self._program)
+        model = InitMessenger(_continuous(strategy))(self.model)
 
         def one(_: Tensor) -> Tensor:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -364,6 +370,18 @@ def value_and_grad(energy: Callable[[Tensor], Tensor], q: Tensor, enumerated: bo
         values = energy(leaf)
         (gradients,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), gradients.detach()
+
+
+def _continuous(strategy: Callable[..., Any]) -> Callable[..., Any]:
+    """The strategy for continuous sites; discrete ones, which are summed out, are drawn."""
+    return lambda site: site["fn"].sample() if site["fn"].support.is_discrete else strategy(site)
+
+
+def _innermost(fn: Any) -> Any:
+    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def _place(x: Tensor) -> tuple[Size, torch.dtype, torch.device]:

@@ -1,0 +1,293 @@
+r"""Sequential Monte Carlo from the prior to the posterior, for posteriors with several modes and for evidences.
+
+Particles start as draws of the prior and pass through the laws
+
+.. math:: \pi_k(x) \propto p(x)\, p(y \mid x)^{\beta_k}, \qquad 0 = \beta_0 < \beta_1 < \dots < \beta_K = 1 .
+
+The next inverse temperature is the one at which the weights :math:`p(y \mid x)^{\beta_{k+1} - \beta_k}` are worth a
+given fraction of the particles; these are resampled, and moved by kernels that leave :math:`\pi_{k+1}` invariant.
+The product of the mean weights estimates the evidence :math:`p(y)`.
+
+Several independent runs are made. Their agreement is the only diagnostic that can see a missed mode, and their scatter
+is the error of the log evidence.
+
+References:
+    P. Del Moral, A. Doucet, A. Jasra, Sequential Monte Carlo samplers, 2006, JRSS B 68(3).
+    A. Jasra, D. A. Stephens, A. Doucet, T. Tsagaris, Inference for Levy-driven stochastic volatility models via adaptive
+    sequential Monte Carlo, 2011, Scandinavian Journal of Statistics 38(1).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer.mcmc.util import print_summary, select_samples
+from torch import Tensor
+from tqdm import tqdm
+
+from ..foundation.errors import ModelError, SamplingError
+from .initialization import init_to_prior
+from .moves import EllipticalMoves, HamiltonianMoves, Moves
+from .potential import Potential, potential
+
+__all__ = ["SMC", "Stage"]
+
+BISECTIONS = 60
+DISAGREEMENT = 1.05  # of runs, in units of R-hat, that is worth a warning
+MOVES = {"hmc": HamiltonianMoves, "elliptical": EllipticalMoves}
+MOST_STAGES = 500
+
+
+class Stage(NamedTuple):
+    """One step from an inverse temperature to the next.
+
+    Attributes:
+        inverse_temperature: arrived at.
+        ess: effective number of particles before resampling.
+        acceptance: mean acceptance of the moves.
+        moves: how many were needed to forget the past.
+    """
+
+    inverse_temperature: float
+    ess: float
+    acceptance: float
+    moves: int
+
+
+class SMC:
+    """Likelihood-tempered sequential Monte Carlo.
+
+    Arguments:
+        model: a Pyro program with proper priors.
+        num_particles: in each run.
+        num_runs: independent runs, at least 2 for errors.
+        moves: ``"hmc"``, or ``"elliptical"`` for slice moves in noise space. These need no gradient and no step size,
+            and a prior that is Gaussian in unconstrained space (see :class:`PushforwardReparam` for learned priors).
+        num_moves: at every temperature, at least.
+        max_moves: at every temperature, at most; moves go on until particles have forgotten where they were.
+        target_ess: fraction of the particles that the weights of one step may cost.
+        seed: makes the runs repeatable; default a number drawn from torch's generator.
+        progress_bar: show the temperature.
+        level, road, max_batch, transforms, max_plate_nesting: of :func:`pyro_genmods.infer.potential`.
+
+    Attributes:
+        log_evidence: logarithm of the mean over runs of the estimates of the evidence, in nats.
+        log_evidence_error: its standard error, from the scatter of the runs.
+        log_evidences: of each run.
+        stages: of each run, a list of :class:`Stage`.
+        agreement: for every latent, how much the runs disagree: R-hat between runs, near 1 where they agree.
+
+    Raises:
+        ModelError: a prior is improper, or not Gaussian where elliptical moves are wanted.
+        SamplingError: no particle of the prior has a finite likelihood.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        >>> smc = SMC(model, num_particles=500, num_runs=4, progress_bar=False, seed=0)
+        >>> smc.run(torch.tensor(1.0))
+        >>> exact = float(dist.Normal(0.0, 2.0**0.5).log_prob(torch.tensor(1.0)))
+        >>> abs(smc.log_evidence - exact) < 0.1
+        True
+        >>> smc.get_samples()["x"].shape
+        torch.Size([2000])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_particles: int = 1024,
+        *,
+        num_runs: int = 4,
+        moves: str = "hmc",
+        num_moves: int = 2,
+        max_moves: int = 50,
+        target_ess: float = 0.5,
+        seed: int | None = None,
+        progress_bar: bool = True,
+        **options: Any,
+    ) -> None:
+        for name, number, least in (
+            ("num_particles", num_particles, 8),
+            ("num_runs", num_runs, 1),
+            ("num_moves", num_moves, 1),
+        ):
+            if number < least:
+                raise ValueError(f"{name}: got {number}, needs at least {least}.")
+        if not 0 < target_ess < 1:
+            raise ValueError(f"target_ess: got {target_ess}, needs a fraction between 0 and 1.")
+        if moves not in MOVES:
+            raise ValueError(f"moves: got {moves!r}, needs one of {sorted(MOVES)}.")
+        self.model, self.num_particles, self.num_runs = model, num_particles, num_runs
+        self._moves, self.num_moves, self.target_ess = MOVES[moves], num_moves, target_ess
+        self.max_moves = max(max_moves, num_moves)
+        self.seed, self.progress_bar, self._options = seed, progress_bar, options
+        self.kernel = self  # what reads chains asks the kernel for its model
+        self.potential: Potential | None = None
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._rows: Tensor | None = None
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Make all runs, with the arguments of the model."""
+        self._args, self._kwargs = args, kwargs
+        self.potential = self._find_potential(args, kwargs)
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        self.stages, log_evidences, rows, energies = [], [], [], []
+        for index in range(self.num_runs):
+            q, energy, log_evidence, stages = self._one(index, seed + index)
+            rows.append(q)
+            energies.append(energy)
+            log_evidences.append(log_evidence)
+            self.stages.append(stages)
+        self._rows, self._energies = torch.stack(rows), torch.stack(energies)
+        self.log_evidences = torch.tensor(log_evidences, dtype=torch.float64)
+        self._judge()
+
+    def _find_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Potential:
+        if self.potential is not None and self.potential.update(args, kwargs):
+            return self.potential
+        found = potential(self.model, args, kwargs, tempered=True, **self._options)
+        improper = found.program.improper()
+        if improper:
+            raise ModelError(
+                f"site {improper[0]!r}: its prior is improper, so there is nothing to start from and no evidence; give "
+                "it a proper prior, or use infer.HMC."
+            )
+        return found
+
+    def _one(self, index: int, seed: int) -> tuple[Tensor, Tensor, float, list[Stage]]:
+        energy, n = self.potential, self.num_particles
+        q = self._draw_prior(seed)
+        energy.inverse_temperature = torch.zeros_like(q[:, 0])
+        moves: Moves = self._moves(energy, q, torch.Generator(q.device).manual_seed(seed))
+        likelihood = -energy.parts(q)[1].nan_to_num(torch.inf)
+        if not bool(likelihood.isfinite().any()):
+            raise SamplingError(
+                f"model: none of {n} draws of the prior has a finite likelihood; the prior hardly reaches the data, or "
+                "the likelihood fails there."
+            )
+        beta, log_evidence, stages = 0.0, 0.0, []
+        with tqdm(total=1.0, disable=not self.progress_bar, desc=f"run {index + 1}/{self.num_runs}") as bar:
+            while beta < 1 and len(stages) < MOST_STAGES:
+                step = _next_step(likelihood, 1 - beta, self.target_ess * n)
+                log_weight = _finite(likelihood * step)
+                log_evidence += float(log_weight.logsumexp(0)) - math.log(n)
+                weight = log_weight.softmax(0)
+                beta = 1.0 if step >= 1 - beta else beta + step
+                moves.learn(q, weight)
+                q = q[_systematic(weight, moves.generator)]
+                energy.inverse_temperature = torch.full_like(weight, beta)
+                q, likelihood, acceptance, count = moves.move(q, self.num_moves, self.max_moves)
+                stages.append(Stage(beta, float(1 / weight.square().sum()), acceptance, count))
+                bar.set_postfix(beta=f"{beta:.3g}", acc=f"{acceptance:.2f}", log_evidence=f"{log_evidence:.2f}")
+                bar.update(beta - bar.n)
+        prior, rest = energy.parts(q)
+        return q, prior + rest, log_evidence, stages
+
+    def _draw_prior(self, seed: int) -> Tensor:
+        devices = [self.potential.device] if self.potential.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return self.potential.program.start(init_to_prior, self.num_particles)
+
+    def _judge(self) -> None:
+        """Evidence with its error, and whether the runs agree."""
+        z, runs = self.log_evidences, self.num_runs
+        self.log_evidence = float(z.logsumexp(0)) - math.log(runs)
+        relative = (z - self.log_evidence).exp()
+        self.log_evidence_error = float(relative.std() / math.sqrt(runs)) if runs > 1 else math.nan
+        between = self._rows.mean(1).var(0) if runs > 1 else self._rows.new_full(self._rows.shape[2:], math.nan)
+        within = self._rows.var(1).mean(0)
+        spread = (1 + between / within.clamp_min(1e-30)).sqrt()
+        self.agreement = self.potential.layout.unflatten(spread)
+        worst = float(spread.max())
+        if worst > DISAGREEMENT:
+            column = self.potential.layout.coordinates()[int(spread.argmax())]
+            warnings.warn(
+                f"runs disagree about {column} (R-hat between runs {worst:.2f}): modes may be missed, or their weights "
+                "badly known; take more particles or moves.",
+                stacklevel=3,
+            )
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    @property
+    def unconstrained(self) -> Tensor:
+        """Particles as rows, ``(runs, particles, dim)``."""
+        if self._rows is None:
+            raise RuntimeError("SMC: has no particles yet; call run() first.")
+        return self._rows
+
+    @property
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Log density of every particle in unconstrained space, ``(runs, particles)``, under ArviZ's name."""
+        return {"lp": -self._energies}
+
+    @property
+    def num_chains(self) -> int:
+        """Runs: particles of different runs are independent, those of one run are not quite."""
+        return self.num_runs
+
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Particles at inverse temperature one, of equal weight.
+
+        Arguments:
+            num_samples: resample so many at random, with replacement.
+            group_by_chain: ``(runs, particles, *shape)`` instead of ``(runs * particles, *shape)``.
+        """
+        with torch.no_grad():
+            return select_samples(self.potential.constrain(self.unconstrained), num_samples, group_by_chain)
+
+    def sample_posterior(self, num_samples: int) -> dict[str, Tensor]:
+        """Particles as starting points of chains: ``infer.HMC(model, init_strategy=smc)``."""
+        return self.get_samples(num_samples)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Evidence, stages, effective sample sizes, and agreement of the runs."""
+        return {
+            "log_evidence": self.log_evidence,
+            "log_evidence_error": self.log_evidence_error,
+            "stages": self.stages,
+            "agreement": self.agreement,
+        }
+
+    def summary(self, prob: float = 0.9) -> None:
+        """Print Pyro's table, in which runs are chains, and the log evidence."""
+        print_summary(self.get_samples(group_by_chain=True), prob=prob)
+        print(f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_error:.3f}")  # noqa: T201
+
+
+def _finite(log_weight: Tensor) -> Tensor:
+    return torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
+
+
+def _effective(log_weight: Tensor) -> float:
+    return float((2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp())
+
+
+def _next_step(likelihood: Tensor, most: float, wanted: float) -> float:
+    """The longest step in inverse temperature whose weights are worth so many particles, by bisection."""
+    if _effective(_finite(likelihood * most)) >= wanted:
+        return most
+    low, high = 0.0, most
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2 if low > 0 else high / 16
+        low, high = (middle, high) if _effective(_finite(likelihood * middle)) >= wanted else (low, middle)
+    return low if low > 0 else high
+
+
+def _systematic(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of particles, each about as often as its weight says, by one uniform number."""
+    n = len(weight)
+    offset = torch.empty(1, dtype=torch.float64, device=weight.device).uniform_(generator=generator)
+    positions = (torch.arange(n, dtype=torch.float64, device=weight.device) + offset) / n
+    return torch.searchsorted(weight.double().cumsum(0), positions).clamp_max(n - 1)
