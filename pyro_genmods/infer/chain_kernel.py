@@ -23,7 +23,7 @@ from .warmup import WarmUp, descend, find_step_size
 __all__ = ["ChainKernel"]
 
 DEFAULT_STEP = 0.5  # of a kernel that neither looks for a step size nor is given one
-TYPICAL_LEAPFROGS = 8  # of a trajectory, before anything is known
+TYPICAL_LEAPFROGS = 8.0  # of a trajectory, before anything is known
 
 
 class ChainKernel(MCMCKernel):
@@ -123,7 +123,7 @@ class ChainKernel(MCMCKernel):
         """Everything that a run needs besides its potential, from where the chains start."""
         energy, self.stream = self.potential, Stream(seed, position)
         self.state, found = start(position, energy), self.step_size
-        self._plan(warmup_steps + self._samples, TYPICAL_LEAPFROGS if self.length else 1)
+        self._plan(warmup_steps + self._samples, TYPICAL_LEAPFROGS if self.length else 1.0)
         if warmup_steps and self._adapt["step_size"]:
             self.state, sizes = descend(self.state, energy, self.stream.next)
             found = found or float(sizes.median())

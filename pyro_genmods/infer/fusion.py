@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,8 +107,13 @@ class _Recorded:
 class _Inside:
     """The potential as a fused function sees it: the program itself, to be recorded with the function."""
 
+    num_gradients = 0  # counted outside, once for each call
+
     def __init__(self, owner: Any, inputs: tuple[Tensor, ...]) -> None:
         self._owner, self._inputs = owner, inputs
+
+    def fuse(self, function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        return partial(function, self)
 
     def value(self, q: Tensor) -> Tensor:
         return self._run(lambda: self._owner.energy(q, self._inputs))

@@ -97,8 +97,8 @@ class HMC(ChainKernel):
 
     def _expected_leapfrogs(self) -> float:
         if self.num_steps is not None:
-            return self.num_steps
-        return min(self.max_leapfrogs, 0.5 + self.warmup.length / self.warmup.step_size)
+            return float(self.num_steps)
+        return min(float(self.max_leapfrogs), 0.5 + self.warmup.length / self.warmup.step_size)
 
     def _transition(self, state: State, step: Step) -> tuple[State, Info]:
         return hamiltonian(state, self.potential, step)

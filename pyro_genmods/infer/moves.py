@@ -124,8 +124,7 @@ class EllipticalMoves(Moves):
     def _gaussian_prior(self, q: Tensor) -> tuple[Tensor, Tensor]:
         dim = q.shape[1]
         points = torch.cat([q.new_zeros(1, dim), torch.eye(dim, dtype=q.dtype, device=q.device)])
-        self.energy.inverse_temperature = torch.zeros_like(points[:, 0])
-        values, slopes = self.energy.value_and_grad(points)
+        values, slopes = self.energy.prior_value_and_grad(points)
         precision = (slopes[1:] - slopes[0]).double()
         precision = (precision + precision.mT) / 2
         factor, failed = torch.linalg.cholesky_ex(precision)

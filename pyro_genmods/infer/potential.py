@@ -39,7 +39,7 @@ from ..foundation.errors import ModelError, SamplingError, ShapeError
 from .functions import FunctionProgram
 from .fusion import Fused
 from .layout import Layout
-from .program import Program
+from .program import Program, value_and_grad
 
 __all__ = ["Potential", "potential"]
 
@@ -160,6 +160,11 @@ class Potential:
         """Energies of the prior and of the likelihood, two of ``(chains,)``, at inverse temperature one."""
         return self._call(_parts, q)
 
+    def prior_value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies of the prior alone, and their gradients, by running the program."""
+        program = self.program
+        return value_and_grad(lambda rows: program.energies(rows, self._data)[0], q, program.enumerated)
+
     def constrain(self, q: Tensor) -> dict[str, Tensor]:
         """Rows ``(..., dim)`` to values of the sites in their supports, ``(..., *shape)``."""
         return self.layout.constrain(q)
@@ -270,8 +275,10 @@ class Potential:
         """Energies by running the program."""
         if not self.tempered:
             return self.program.energies(q, inputs)[1]
-        prior, joint = self.program.energies(q, inputs[1:])
-        return prior + inputs[0] * (joint - prior)
+        (prior, joint), beta = self.program.energies(q, inputs[1:]), inputs[0]
+        return prior + torch.where(
+            beta > 0, beta * (joint - prior), 0.0
+        )  # at zero even an infinite energy counts nothing
 
     def _call(self, function: Callable[..., Any], q: Tensor) -> Any:
         if q.dim() != 2 or q.shape[1] != self.dim:

@@ -27,11 +27,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform, TransformedDistribution
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Transform
+from torch.distributions import Transform, biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..foundation.errors import ModelError
@@ -121,7 +121,7 @@ class Program:
 
     def _check_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with poutine.block(), torch.no_grad():
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace = poutine.trace(InitMessenger(_anywhere)(self.model)).get_trace(*args, **kwargs)
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
                 continue
@@ -157,6 +157,8 @@ class Program:
     ) -> Callable[[dict[str, Tensor]], Tensor]:
         """Pyro's own potential of one chain: the reference, and the source of transforms and shapes."""
         given = None if transforms is None else dict(transforms)
+        if max_plate_nesting is None:
+            max_plate_nesting = -min(self.plates.values(), default=0)
         with poutine.block():
             _, potential, transforms, trace = initialize_model(
                 self.model,
@@ -164,7 +166,7 @@ class Program:
                 kwargs,
                 transforms=given,
                 max_plate_nesting=max_plate_nesting,
-                init_strategy=init_to_uniform,
+                init_strategy=_anywhere,
                 initial_params={},
             )
         maker = potential.__self__
@@ -375,6 +377,16 @@ def value_and_grad(energy: Callable[[Tensor], Tensor], q: Tensor, enumerated: bo
 def _continuous(strategy: Callable[..., Any]) -> Callable[..., Any]:
     """The strategy for continuous sites; discrete ones, which are summed out, are drawn."""
     return lambda site: site["fn"].sample() if site["fn"].support.is_discrete else strategy(site)
+
+
+def _anywhere(site: dict[str, Any]) -> Tensor:
+    """A value in the support, also of what cannot be drawn from: a draw, or uniform in unconstrained space."""
+    fn = site["fn"]
+    try:
+        return fn.sample().detach()
+    except NotImplementedError:
+        bijection = biject_to(fn.support)
+        return bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
 
 
 def _innermost(fn: Any) -> Any:

@@ -13,8 +13,8 @@ is the error of the log evidence.
 
 References:
     P. Del Moral, A. Doucet, A. Jasra, Sequential Monte Carlo samplers, 2006, JRSS B 68(3).
-    A. Jasra, D. A. Stephens, A. Doucet, T. Tsagaris, Inference for Levy-driven stochastic volatility models via adaptive
-    sequential Monte Carlo, 2011, Scandinavian Journal of Statistics 38(1).
+    A. Jasra, D. A. Stephens, A. Doucet, T. Tsagaris, Inference for Levy-driven stochastic volatility models via
+    adaptive sequential Monte Carlo, 2011, Scandinavian Journal of Statistics 38(1).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class SMC:
         q = self._draw_prior(seed)
         energy.inverse_temperature = torch.zeros_like(q[:, 0])
         moves: Moves = self._moves(energy, q, torch.Generator(q.device).manual_seed(seed))
-        likelihood = -energy.parts(q)[1].nan_to_num(torch.inf)
+        likelihood = -energy.parts(q)[1]
         if not bool(likelihood.isfinite().any()):
             raise SamplingError(
                 f"model: none of {n} draws of the prior has a finite likelihood; the prior hardly reaches the data, or "
@@ -178,7 +178,8 @@ class SMC:
         beta, log_evidence, stages = 0.0, 0.0, []
         with tqdm(total=1.0, disable=not self.progress_bar, desc=f"run {index + 1}/{self.num_runs}") as bar:
             while beta < 1 and len(stages) < MOST_STAGES:
-                step = _next_step(likelihood, 1 - beta, self.target_ess * n)
+                possible = float(likelihood.isfinite().sum())  # the others are lost at any temperature
+                step = _next_step(likelihood, 1 - beta, self.target_ess * possible)
                 log_weight = _finite(likelihood * step)
                 log_evidence += float(log_weight.logsumexp(0)) - math.log(n)
                 weight = log_weight.softmax(0)
@@ -245,7 +246,8 @@ class SMC:
             group_by_chain: ``(runs, particles, *shape)`` instead of ``(runs * particles, *shape)``.
         """
         with torch.no_grad():
-            return select_samples(self.potential.constrain(self.unconstrained), num_samples, group_by_chain)
+            rows = self.unconstrained
+            return select_samples(self.potential.constrain(rows), num_samples, group_by_chain)
 
     def sample_posterior(self, num_samples: int) -> dict[str, Tensor]:
         """Particles as starting points of chains: ``infer.HMC(model, init_strategy=smc)``."""

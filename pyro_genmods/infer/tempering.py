@@ -9,12 +9,12 @@ even and odd pairs in turn, exchange their positions with probability
 
 .. math:: \min\bigl(1, e^{(\beta_{k+1} - \beta_k)(E_{k+1} - E_k)}\bigr), \qquad E = -\log p(y \mid x) .
 
-In warm-up every temperature learns its step size and scale, and the ladder is spaced so that all pairs exchange equally
-often, which makes the round trips from prior to posterior shortest. Kept are the replicas at :math:`\beta = 1`.
+In warm-up every temperature learns its step size and scale, and the ladder is spaced so that all pairs exchange
+equally often, which makes the round trips from prior to posterior shortest. Kept are the replicas at :math:`\beta = 1`.
 
 Reference:
-    S. Syed, A. Bouchard-Cote, G. Deligiannidis, A. Doucet, Non-Reversible Parallel Tempering: a Scalable Highly Parallel
-    MCMC Scheme, 2022, arXiv:1905.02939.
+    S. Syed, A. Bouchard-Cote, G. Deligiannidis, A. Doucet, Non-Reversible Parallel Tempering: a Scalable Highly
+    Parallel MCMC Scheme, 2022, arXiv:1905.02939.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class ParallelTempering(ChainKernel):
     def _swap(self, chains: int) -> None:
         """Exchange even pairs in even iterations, odd pairs in odd ones."""
         k, q = self.num_temperatures, self._all.position
-        likelihood = self.potential.parts(q)[1].reshape(k, chains).nan_to_num(torch.inf)
+        likelihood = self.potential.parts(q)[1].reshape(k, chains)
+        likelihood = torch.where(likelihood.isnan(), torch.inf, likelihood)
         gap = (self.ladder[1:] - self.ladder[:-1])[:, None]
         log_ratio = (gap * (likelihood[1:] - likelihood[:-1])).nan_to_num(-torch.inf, torch.inf, -torch.inf)
         uniform = torch.empty_like(log_ratio).uniform_(generator=self._exchange)

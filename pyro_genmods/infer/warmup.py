@@ -202,7 +202,8 @@ class WarmUp:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and numbers from which the warm-up goes on as if nothing had happened."""
         moments = {"mean": self.moments.mean, "covariance": self.moments.covariance}
-        tensors = {"scale": self.scale, "centre": self.centre, **moments}
+        lag = {} if self._lag is None else {"lag": self._lag}
+        tensors = {"scale": self.scale, "centre": self.centre, **moments, **lag}
         numbers: dict[str, Any] = {"iteration": self.iteration, "count": self.moments.count, "step": asdict(self.step)}
         numbers["trajectory"] = None if self.trajectory is None else asdict(self.trajectory)
         return tensors, {**numbers, "first_scale": self._first_scale}
@@ -211,6 +212,7 @@ class WarmUp:
         """The inverse of :meth:`state_dict`."""
         self.scale, self.centre = tensors["scale"], tensors["centre"]
         self.moments.mean, self.moments.covariance = tensors["mean"], tensors["covariance"]
+        self._lag = tensors.get("lag")
         self.moments.count, self.iteration = numbers["count"], numbers["iteration"]
         self.step, self._first_scale = DualAveraging(**numbers["step"]), numbers["first_scale"]
         if numbers["trajectory"] is not None:
