@@ -42,8 +42,9 @@ OWNERS = {
     "arviz": {"diagnostics"},
     "matplotlib": {"diagnostics"},
     "lightning": {"training"},
-    "tqdm": {"training"},
+    "tqdm": {"training", "infer"},
     "safetensors": {"io"},
+    "zarr": {"io"},
     "jaxtyping": {"foundation"},
     "importlib.import_module": {"io"},
     "pickle": set(),
@@ -51,7 +52,7 @@ OWNERS = {
     "shelve": set(),
 }
 LAZY_OWNERS = {"matplotlib": {"training"}}  # TrainingHistory.plot
-DOORS = {("training", "io")}  # checkpoints are written by the owner of safetensors
+DOORS = {("training", "io"), ("infer", "io")}  # runs are kept by the owner of safetensors and Zarr
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_WORDS = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b|type" + r": ignore")  # in pieces: it reads itself
 

@@ -47,7 +47,7 @@ def trace_graph(function: Callable[..., Any], examples: tuple[Tensor, ...]) -> f
         A module that is called like the function and returns what it returns, without a graph of autograd.
 
     Raises:
-        RuntimeError: the function reads numbers out of its arguments (``if x > 0``, ``x.item()``).
+        RuntimeError: the function reads numbers out of its arguments (``if x > 0``, ``x.item()``), or draws random ones.
 
     Example:
         >>> graph = trace_graph(torch.func.grad(lambda x: (x**2).sum()), (torch.zeros(3),))
@@ -58,6 +58,9 @@ def trace_graph(function: Callable[..., Any], examples: tuple[Tensor, ...]) -> f
     with torch.no_grad():
         recorded = make_fx(function)(*examples)
         recorded = make_fx(functionalize(recorded, remove="mutations"))(*examples)
+    drawn = [node.name for node in recorded.graph.nodes if node.op == "call_function" and _random(node)]
+    if drawn:
+        raise RuntimeError(f"the function draws random numbers ({drawn[0]}); a graph would draw others at every call.")
     return _clean(recorded)
 
 

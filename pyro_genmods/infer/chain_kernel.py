@@ -233,7 +233,7 @@ class ChainKernel(MCMCKernel):
         given = self._given
         self._clear()
         self._given, self._setup = given, (warmup_steps, args, kwargs)
-        if self.model is not None or isinstance(self.potential_fn, Potential):
+        if given is not None or self.model is not None or isinstance(self.potential_fn, Potential):
             self._begin_one()
 
     def _begin_one(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from ..foundation.convergence import nested_r_hat
 from ..foundation.errors import SamplingError
 from .chain_kernel import ChainKernel
 from .draws import Draws, Progress
+from .recording import Recorder, settings_of
 
 __all__ = ["MCMC"]
 
@@ -38,12 +40,16 @@ class MCMC:
         initial_params: unconstrained starting values ``(num_chains, *shape)`` of each site, as in Pyro.
         superchains: number of different starting points; the chains that share one are what nested R-hat compares.
             Default: one for every four chains.
+        store: a folder, usually ``*.zarr``, to which draws go while they are made, about every second. A run that was
+            killed or interrupted goes on from it when it is started again in the same way, and its draws are bit for
+            bit those of a run that was not; a run that is finished returns them without sampling; a larger
+            ``num_samples`` extends it. ``xarray.open_datatree(store, engine="zarr")`` reads it at any time.
         hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after every iteration, as in Pyro.
         progress_bar: show phase, acceptance, step size, leapfrogs, divergences, R-hat and time left.
 
     Attributes:
         sample_stats: of every draw, ``(chains, draws)``, under the names that ArviZ reads.
-        num_gradients: gradients evaluated in the last run, counted chain by chain.
+        num_gradients: gradients evaluated in the last run, counted chain by chain; with a store since its beginning.
         seconds: time of the last run by phase.
 
     Raises:
@@ -75,6 +81,7 @@ class MCMC:
         seed: int | None = None,
         initial_params: Mapping[str, Tensor] | None = None,
         superchains: int | None = None,
+        store: str | os.PathLike[str] | None = None,
         hook_fn: Callable[..., Any] | None = None,
         progress_bar: bool = True,
     ) -> None:
@@ -99,11 +106,11 @@ class MCMC:
             warmup_steps,
             num_chains,
         )
-        self.thinning, self.seed, self.superchains = thinning, seed, superchains
+        self.thinning, self.seed, self.superchains, self.store = thinning, seed, superchains, store
         self.initial_params, self.hook_fn, self.progress_bar = initial_params, hook_fn, progress_bar
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
-        self._draws = Draws()
+        self._draws, self._recorder = Draws(), None
         self.num_gradients, self.seconds = 0, {}
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -112,21 +119,28 @@ class MCMC:
         """Warm up and sample, with the arguments of the model.
 
         Ctrl-C ends the run early and keeps the draws that are finished.
+
+        Raises:
+            FileFormatError: ``store`` is there already and is damaged, no store, or that of a run with other settings,
+                another model or other data; it is left as it is.
         """
         self._args, self._kwargs = args, kwargs
         began = time.perf_counter()
         self._begin(args, kwargs)
-        self.seconds = {"start": time.perf_counter() - began}
+        self.seconds = {"start": time.perf_counter() - began, "warmup": 0.0}
         self._loop()
         self.seconds["total"] = time.perf_counter() - began
         self.num_gradients = self.kernel.potential.num_gradients - self._gradients_before
         self._warn()
 
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        kernel = self.kernel
-        self._gradients_before = 0 if kernel.potential is None else kernel.potential.num_gradients
-        known = kernel.potential
-        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        kernel, known = self.kernel, self.kernel.potential or self.kernel.potential_fn
+        self._gradients_before = getattr(known, "num_gradients", 0)
+        self._recorder = None if self.store is None else Recorder(self.store, self._settings(), self.seed)
+        if self._recorder is not None:
+            seed = self._recorder.seed
+        else:
+            seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         kernel.begin(
             self.num_chains,
             self.warmup_steps,
@@ -140,29 +154,51 @@ class MCMC:
         if kernel.potential is not known:
             self._gradients_before = 0
         self._draws = Draws()
+        if self._recorder is not None:
+            self._draws = self._recorder.begin(kernel, self.num_samples, self._gradients_before)
+            self._gradients_before = self._recorder.gradients_before
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("num_chains", "warmup_steps", "thinning", "superchains")
+        return {**{name: getattr(self, name) for name in names}, **settings_of(self.kernel)}
 
     def _loop(self) -> None:
-        kernel, done = self.kernel, 0
         with Progress(self) as progress:
             try:
-                while not kernel.warmup.finished:
-                    info = kernel.advance()
-                    progress.show("warm-up", info, 0)
-                    self._hook("warmup", kernel.warmup.iteration - 1)
-                self.seconds["warmup"] = time.perf_counter() - progress.began
-                while done < self.num_samples:
-                    diverging = kernel.advance().diverging if self.thinning > 1 else None
-                    for _ in range(self.thinning - 2):
-                        diverging = diverging | kernel.advance().diverging
-                    info = kernel.advance()
-                    self._draws.add(kernel, info, info.diverging if diverging is None else diverging | info.diverging)
-                    done += 1
-                    progress.show("sampling", info, done)
-                    self._hook("sample", done - 1)
+                self._warm_up(progress)
+                self._sample(progress)
             except KeyboardInterrupt:
+                done = len(self._draws)
                 if not done:
                     raise
                 warnings.warn(f"interrupted: {done} of {self.num_samples} draws of each chain are kept.", stacklevel=3)
+            finally:
+                if self._recorder is not None:
+                    self._recorder.flush(self._draws)
+
+    def _warm_up(self, progress: Progress) -> None:
+        kernel = self.kernel
+        while not kernel.warmup.finished:
+            info = kernel.advance()
+            if self._recorder is not None:
+                self._recorder.warming(kernel.warmup.finished)
+            progress.show("warm-up", info, 0)
+            self._hook("warmup", kernel.warmup.iteration - 1)
+        self.seconds["warmup"] = time.perf_counter() - progress.began
+
+    def _sample(self, progress: Progress) -> None:
+        kernel, done = self.kernel, len(self._draws)
+        while done < self.num_samples:
+            diverging = kernel.advance().diverging if self.thinning > 1 else None
+            for _ in range(self.thinning - 2):
+                diverging = diverging | kernel.advance().diverging
+            info = kernel.advance()
+            self._draws.add(kernel, info, info.diverging if diverging is None else diverging | info.diverging)
+            done += 1
+            if self._recorder is not None:
+                self._recorder.drawn(self._draws)
+            progress.show("sampling", info, done)
+            self._hook("sample", done - 1)
 
     def _hook(self, stage: str, index: int) -> None:
         if self.hook_fn is not None:

@@ -226,7 +226,7 @@ class Potential:
             A function of tensors of these shapes, for as long as data and temperatures stay.
         """
         if self.max_batch is not None and len(tensors[0]) > self.max_batch:
-            return partial(function, self)
+            return partial(function, _InTurns(self))
         if function not in self._fused:
             self._fused[function] = Fused(self, function)
         return self._fused[function].bind(tensors)
@@ -328,6 +328,25 @@ class Potential:
         """Add to the report, once."""
         if text not in self._notes:
             self._notes.append(text)
+
+
+class _InTurns:
+    """A potential that takes its rows in turns, as a function that is given too many sees it."""
+
+    def __init__(self, owner: Potential) -> None:
+        self.owner, self.num_gradients = owner, 0  # counted outside
+
+    def value(self, q: Tensor) -> Tensor:
+        return self.owner._call(_value, q)
+
+    def grad(self, q: Tensor) -> Tensor:
+        return self.owner._call(_grad, q)
+
+    def value_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        return self.owner._call(_value_and_grad, q)
+
+    def fuse(self, function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        return partial(function, self)
 
 
 class _PyroEnergy(torch.autograd.Function):

@@ -35,6 +35,7 @@ from torch.distributions import Transform, biject_to
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..foundation.errors import ModelError
+from .initialization import init_to_prior
 from .layout import Layout
 from .quiet import Reached, quiet
 
@@ -120,7 +121,7 @@ class Program:
     # -- what Pyro makes of the program ---------------------------------------------------------------------------
 
     def _check_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with poutine.block(), torch.no_grad():
+        with torch.no_grad(), quiet():
             trace = poutine.trace(InitMessenger(_anywhere)(self.model)).get_trace(*args, **kwargs)
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
@@ -159,7 +160,7 @@ class Program:
         given = None if transforms is None else dict(transforms)
         if max_plate_nesting is None:
             max_plate_nesting = -min(self.plates.values(), default=0)
-        with poutine.block():
+        with quiet():
             _, potential, transforms, trace = initialize_model(
                 self.model,
                 args,
@@ -207,7 +208,7 @@ class Program:
     def energies(self, q: Tensor, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Energies of the prior and of the posterior at rows, two of ``(rows,)``, in nats; differentiable."""
         if self.road == "vmap":
-            one = self._lifted if self.enumerated else self._one
+            one = self._lifted if self._lifts else self._one
             return torch.vmap(lambda row: one(row, data), randomness="same")(q)
         if self.road == "plate":
             return self._plated(q, data)
@@ -286,7 +287,10 @@ class Program:
         dtype, device = self.place
         q = torch.rand(CHECKED, self.layout.dim, dtype=dtype, device=device) * 2 - 1
         self._check_deterministic(q[0])
-        for road in (wanted,) if wanted else ROADS[:2]:
+        self._lifts = self.enumerated
+        for road in (wanted,) if wanted else ("vmap", "vmap", "plate"):
+            if self.why and road == "vmap":
+                self._lifts = True
             self.road = road
             try:
                 self.check(q, self.data)
@@ -360,9 +364,11 @@ class Program:
         with torch.no_grad(), quiet(self.enumerated):
             index = torch.arange(chains, device=self.place[1])
             try:
-                return torch.vmap(one, randomness="different", out_dims=0)(index)
+                if getattr(strategy, "func", strategy) is init_to_prior:  # others catch errors, functorch's among them
+                    return torch.vmap(one, randomness="different")(index)
             except FUNCTORCH_ERRORS:
-                return torch.stack([one(i) for i in index])
+                pass
+            return torch.stack([one(i) for i in index])
 
 
 def value_and_grad(energy: Callable[[Tensor], Tensor], q: Tensor, enumerated: bool = False) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.ops import special
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = ["Reached", "quiet"]
 
@@ -37,7 +38,20 @@ def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
     return torch.where((info == 0)[..., None] if vector else (info == 0)[..., None, None], solution, torch.nan)
 
 
+def _initialize(self: Distribution, *args: Any, **kwargs: Any) -> None:
+    """The constructor of all distributions, without validation even where it is asked for."""
+    shapes = {name: value for name, value in kwargs.items() if name != "validate_args"}
+    _INITIALIZE(self, *args[:2], **shapes, validate_args=False)
+
+
+def _validate_nothing(self: Distribution, value: Tensor) -> None:
+    """In the place of the check of values, which distributions made elsewhere still want to run."""
+
+
+_INITIALIZE = Distribution.__init__
 TOTAL = (
+    (Distribution, "__init__", _initialize),
+    (Distribution, "_validate_sample", _validate_nothing),
     (torch.linalg, "cholesky", _cholesky),
     (torch.linalg, "inv", _inverse),
     (torch, "inverse", _inverse),
