@@ -106,7 +106,7 @@ class Moments:
         >>> moments = Moments(torch.zeros(2))
         >>> moments.update(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 2.0], [-1.0, -2.0]]))
         >>> moments.mean, moments.scale().square()
-        (tensor([0., 0.]), tensor([1., 2.]))
+        (tensor([0., 0.]), tensor([1.0000, 2.0000]))
     """
 
     def __init__(self, mean: Tensor, dense: bool = False) -> None:
@@ -242,8 +242,8 @@ def harmonic_mean(acceptance: Tensor, usable: Tensor) -> float:
     """Harmonic mean over usable chains, none of which counts for less than a twentieth; 0 if there are none.
 
     Example:
-        >>> harmonic_mean(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([True, True, False]))
-        0.6666666269302368
+        >>> round(harmonic_mean(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([True, True, False])), 3)
+        0.667
     """
     inverse = torch.where(usable, 1 / acceptance.clamp_min(0.05), 0.0).sum()
     return float(usable.sum() / inverse.clamp_min(1e-30))
@@ -262,6 +262,6 @@ def settled(energy: Tensor, dim: int) -> Tensor:
     if len(energy) < 4:
         return energy.isfinite()
     ordered = energy.sort().values  # NaN is the largest
-    middle, high = ordered[len(energy) // 2], ordered[3 * len(energy) // 4]
-    spread = (high - middle).nan_to_num(0, 0, 0)
+    low, middle = ordered[len(energy) // 4], ordered[len(energy) // 2]  # what is far is above both
+    spread = (middle - low).nan_to_num(0, 0, 0)
     return energy <= middle + 5 * spread + 10 + 5 * math.sqrt(dim / 2)

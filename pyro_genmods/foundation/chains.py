@@ -61,6 +61,10 @@ class PotentialLike(Protocol):
 
     Attributes:
         num_gradients: evaluated so far, counted chain by chain.
+
+    Example:
+        >>> isinstance(Plain(lambda q: 0.5 * q.square().sum(-1)), PotentialLike)
+        True
     """
 
     num_gradients: int
@@ -81,6 +85,10 @@ class State(NamedTuple):
         position: ``(chains, dim)``.
         energy: ``(chains,)``, in nats.
         gradient: of the energy, ``(chains, dim)``.
+
+    Example:
+        >>> State(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4, 2)).position.shape
+        torch.Size([4, 2])
     """
 
     position: Tensor
@@ -93,10 +101,14 @@ class Step(NamedTuple):
 
     Attributes:
         size: of a leapfrog, one number or a column ``(chains, 1)``.
-        scale: standard deviations ``(dim,)``, those of each chain ``(chains, 1, dim)``, or a lower triangle ``(dim, dim)``.
+        scale: standard deviations ``(dim,)``, those of each chain ``(chains, 1, dim)``, or a triangle ``(dim, dim)``.
         noise: standard normal, ``(chains, dim)``.
         log_uniform: logarithms of uniform numbers, ``(chains,)``.
         leapfrogs: how many.
+
+    Example:
+        >>> Step(torch.tensor(0.5), torch.ones(2), torch.randn(4, 2), torch.rand(4).log(), leapfrogs=3).leapfrogs
+        3
     """
 
     size: Tensor
@@ -115,6 +127,12 @@ class Info(NamedTuple):
         energy: :math:`H` at the start, whose differences the energy diagnostics of HMC read.
         proposal: the proposed positions, ``(chains, dim)``.
         momentum: the round momenta of the proposals, ``(chains, dim)``.
+
+    Example:
+        >>> gaussian = Plain(lambda q: 0.5 * q.square().sum(-1))
+        >>> step = Step(torch.tensor(0.1), torch.ones(2), torch.randn(4, 2), torch.rand(4).log())
+        >>> mala(start(torch.zeros(4, 2), gaussian), gaussian, step)[1].diverging.any()
+        tensor(False)
     """
 
     acceptance: Tensor

@@ -47,7 +47,8 @@ def trace_graph(function: Callable[..., Any], examples: tuple[Tensor, ...]) -> f
         A module that is called like the function and returns what it returns, without a graph of autograd.
 
     Raises:
-        RuntimeError: the function reads numbers out of its arguments (``if x > 0``, ``x.item()``), or draws random ones.
+        RuntimeError: the function reads numbers out of its arguments (``if x > 0``, ``x.item()``), or draws random
+            ones.
 
     Example:
         >>> graph = trace_graph(torch.func.grad(lambda x: (x**2).sum()), (torch.zeros(3),))

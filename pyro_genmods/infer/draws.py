@@ -164,7 +164,7 @@ class Progress:
         if done:
             stats["divergences"] = draws.divergences
             rows = draws.recent()
-            if len(rows) >= 8:
+            if len(rows) >= 8 and self.mcmc.superchains > 1:
                 stats["R-hat"] = f"{float(nested_r_hat(rows.transpose(0, 1), self.mcmc.superchains).max()):.3f}"
         self.bar.set_description(phase)
         self.bar.set_postfix(stats, refresh=False)

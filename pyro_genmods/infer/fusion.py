@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..foundation.graphs import compile_graph, trace_graph
-from .program import value_and_grad
-from .quiet import quiet
+from .quiet import quiet, value_and_grad
 
 __all__ = ["Fused"]
 

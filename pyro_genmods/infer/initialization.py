@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
+from torch.distributions import biject_to
 
-__all__ = ["init_to_prior"]
+__all__ = ["anywhere", "continuous", "init_to_prior"]
 
 
 def init_to_prior(site: dict[str, Any] | None = None) -> Any:
@@ -36,3 +39,18 @@ def init_to_prior(site: dict[str, Any] | None = None) -> Any:
     except NotImplementedError:
         return init_to_uniform(site)
     return value.detach()
+
+
+def continuous(strategy: Callable[..., Any]) -> Callable[..., Any]:
+    """The strategy for continuous sites; discrete ones, which are summed out, are drawn."""
+    return lambda site: site["fn"].sample() if site["fn"].support.is_discrete else strategy(site)
+
+
+def anywhere(site: dict[str, Any]) -> Tensor:
+    """A value in the support, also of what cannot be drawn from: a draw, or uniform in unconstrained space."""
+    fn = site["fn"]
+    try:
+        return fn.sample().detach()
+    except NotImplementedError:
+        bijection = biject_to(fn.support)
+        return bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)

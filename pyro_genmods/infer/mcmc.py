@@ -130,7 +130,8 @@ class MCMC:
         self.seconds = {"start": time.perf_counter() - began, "warmup": 0.0}
         self._loop()
         self.seconds["total"] = time.perf_counter() - began
-        self.num_gradients = self.kernel.potential.num_gradients - self._gradients_before
+        self._potential = self.kernel.potential
+        self.num_gradients = self._potential.num_gradients - self._gradients_before
         self._warn()
 
     def _begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -246,7 +247,8 @@ class MCMC:
             group_by_chain: ``(chains, draws, *shape)`` instead of ``(chains * draws, *shape)``.
         """
         with torch.no_grad():
-            samples = self.kernel.potential.constrain(self.unconstrained)
+            rows = self.unconstrained
+            samples = self._potential.constrain(rows)
         return select_samples(samples, num_samples, group_by_chain)
 
     def diagnostics(self) -> dict[str, Any]:
@@ -254,7 +256,8 @@ class MCMC:
         samples = self.get_samples(group_by_chain=True)
         found: dict[str, Any] = dict(diagnostics(samples))
         for name, draws in samples.items():
-            found[name]["nested_r_hat"] = nested_r_hat(draws, self.superchains)
+            if self.superchains > 1:
+                found[name]["nested_r_hat"] = nested_r_hat(draws, self.superchains)
         stats = self.sample_stats
         chains = range(self.num_chains)
         found["divergences"] = {f"chain {i}": stats["diverging"][i].nonzero().flatten().tolist() for i in chains}

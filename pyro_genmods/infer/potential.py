@@ -39,7 +39,8 @@ from ..foundation.errors import ModelError, SamplingError, ShapeError
 from .functions import FunctionProgram
 from .fusion import Fused
 from .layout import Layout
-from .program import Program, value_and_grad
+from .program import Program
+from .quiet import value_and_grad
 
 __all__ = ["Potential", "potential"]
 

@@ -31,15 +31,15 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..foundation.errors import ModelError
-from .initialization import init_to_prior
+from .initialization import anywhere, continuous, init_to_prior
 from .layout import Layout
-from .quiet import Reached, quiet
+from .quiet import Reached, quiet, value_and_grad
 
-__all__ = ["Program", "value_and_grad"]
+__all__ = ["Program"]
 
 ROADS = ("vmap", "plate", "loop")
 FUNCTORCH_ERRORS = (
@@ -122,7 +122,7 @@ class Program:
 
     def _check_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), quiet():
-            trace = poutine.trace(InitMessenger(_anywhere)(self.model)).get_trace(*args, **kwargs)
+            trace = poutine.trace(InitMessenger(anywhere)(self.model)).get_trace(*args, **kwargs)
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
                 continue
@@ -167,7 +167,7 @@ class Program:
                 kwargs,
                 transforms=given,
                 max_plate_nesting=max_plate_nesting,
-                init_strategy=_anywhere,
+                init_strategy=anywhere,
                 initial_params={},
             )
         maker = potential.__self__
@@ -355,7 +355,7 @@ class Program:
     def start(self, strategy: Callable[..., Any], chains: int) -> Tensor:
         """Rows that an initialisation strategy of Pyro proposes, ``(chains, dim)``."""
         args, kwargs = self.arguments(self.data)
-        model = InitMessenger(_continuous(strategy))(self.model)
+        model = InitMessenger(continuous(strategy))(self.model)
 
         def one(_: Tensor) -> Tensor:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -369,30 +369,6 @@ class Program:
             except FUNCTORCH_ERRORS:
                 pass
             return torch.stack([one(i) for i in index])
-
-
-def value_and_grad(energy: Callable[[Tensor], Tensor], q: Tensor, enumerated: bool = False) -> tuple[Tensor, Tensor]:
-    """Energies of rows and their gradients, by autograd."""
-    leaf = q.detach().requires_grad_()
-    with torch.enable_grad(), quiet(enumerated):
-        values = energy(leaf)
-        (gradients,) = torch.autograd.grad(values.sum(), leaf)
-    return values.detach(), gradients.detach()
-
-
-def _continuous(strategy: Callable[..., Any]) -> Callable[..., Any]:
-    """The strategy for continuous sites; discrete ones, which are summed out, are drawn."""
-    return lambda site: site["fn"].sample() if site["fn"].support.is_discrete else strategy(site)
-
-
-def _anywhere(site: dict[str, Any]) -> Tensor:
-    """A value in the support, also of what cannot be drawn from: a draw, or uniform in unconstrained space."""
-    fn = site["fn"]
-    try:
-        return fn.sample().detach()
-    except NotImplementedError:
-        bijection = biject_to(fn.support)
-        return bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
 
 
 def _innermost(fn: Any) -> Any:

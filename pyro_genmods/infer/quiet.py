@@ -8,7 +8,7 @@ which is an energy that no chain accepts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["Reached", "quiet"]
+__all__ = ["Reached", "quiet", "value_and_grad"]
 
 
 def _cholesky(x: Tensor, *, upper: bool = False) -> Tensor:
@@ -106,3 +106,12 @@ def quiet(enumerated: bool = False) -> Iterator[None]:
         finally:
             for (module, name, _), function in zip(changes, before, strict=True):
                 setattr(module, name, function)
+
+
+def value_and_grad(energy: Callable[[Tensor], Tensor], q: Tensor, enumerated: bool = False) -> tuple[Tensor, Tensor]:
+    """Energies of rows and their gradients, by autograd."""
+    leaf = q.detach().requires_grad_()
+    with torch.enable_grad(), quiet(enumerated):
+        values = energy(leaf)
+        (gradients,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradients.detach()
