@@ -54,7 +54,7 @@ class HMC(ChainKernel):
         Monte Carlo, 2021, AISTATS.
 
     Example:
-        >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
+        >>> import torch, pyro, pyro.distributions as dist, pyro_genmods as gm
         >>> def model(y):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
@@ -113,7 +113,7 @@ class MALA(ChainKernel):
         G. O. Roberts, J. S. Rosenthal, Optimal Scaling of Discrete Approximations to Langevin Diffusions, 1998, JRSS B.
 
     Example:
-        >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
+        >>> import torch, pyro, pyro.distributions as dist, pyro_genmods as gm
         >>> kernel = gm.infer.MALA(lambda: pyro.sample("x", dist.Normal(3.0, 1.0)))
         >>> mcmc = gm.infer.MCMC(kernel, num_samples=200, num_chains=32, progress_bar=False, seed=0)
         >>> mcmc.run()
@@ -136,7 +136,7 @@ class ULA(ChainKernel):
     ``adapt_step_size=False`` and a ``step_size`` the bias is one's own choice.
 
     Example:
-        >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
+        >>> import torch, pyro, pyro.distributions as dist, pyro_genmods as gm
         >>> kernel = gm.infer.ULA(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
         >>> kernel.exact
         False

@@ -237,6 +237,8 @@ class MCMC:
     @property
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of every draw, ``(chains, draws)``; ``lp`` is the log density in unconstrained space, in nats."""
+        if not len(self._draws):
+            raise RuntimeError("MCMC: has no draws yet; call run() first.")
         return {name: values.T for name, values in self._draws.stats().items()}
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:

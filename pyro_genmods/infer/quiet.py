@@ -15,6 +15,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.ops import special
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
@@ -48,10 +49,23 @@ def _validate_nothing(self: Distribution, value: Tensor) -> None:
     """In the place of the check of values, which distributions made elsewhere still want to run."""
 
 
-_INITIALIZE = Distribution.__init__
+def _iterate(self: IndepMessenger) -> Iterator[int]:
+    """A sequential plate that counts by itself, where Pyro reads numbers out of a tensor of indices."""
+    if self._vectorized is not False and (self._vectorized or self.dim is not None):
+        yield from _ITERATE(self)
+        return
+    self._vectorized = False
+    for i in range(self.size):
+        self.next_context()
+        with self:
+            yield i
+
+
+_INITIALIZE, _ITERATE = Distribution.__init__, IndepMessenger.__iter__
 TOTAL = (
     (Distribution, "__init__", _initialize),
     (Distribution, "_validate_sample", _validate_nothing),
+    (IndepMessenger, "__iter__", _iterate),
     (torch.linalg, "cholesky", _cholesky),
     (torch.linalg, "inv", _inverse),
     (torch, "inverse", _inverse),
