@@ -60,7 +60,8 @@ def build(folder: Path) -> None:
         pdoc.pdoc(*modules(), output_directory=folder)
     for name in PAGES:
         (folder / f"{Path(name).stem}.html").write_text(page(ROOT / name))
-    shutil.copy(ROOT / "LICENSE", folder)
+    for path in (ROOT / "LICENSE", *sorted((ROOT / "docs").glob("*.png"))):
+        shutil.copy(path, folder)
 
 
 if __name__ == "__main__":

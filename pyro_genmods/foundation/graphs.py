@@ -82,6 +82,7 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compil
         >>> examples = (torch.zeros(3),)
         >>> compiled = compile_graph(trace_graph(torch.sin, examples), examples)    # doctest: +SKIP
     """
+    graph = _with_reshapes(copy.deepcopy(graph))
     ways = (_compile_with_guards,) if any(x.is_cuda for x in examples) else (_compile_bare, _compile_with_guards)
     for way in ways:
         try:
@@ -94,6 +95,15 @@ def compile_graph(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compil
         else:
             return compiled
     raise RuntimeError(f"the graph does not compile here: {type(failure).__name__}: {failure}") from failure
+
+
+def _with_reshapes(graph: fx.GraphModule) -> fx.GraphModule:
+    """Views ask for the strides that their argument had when it was recorded; a compiler may choose others."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is aten.view.default:
+            node.target = aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 def _compile_bare(graph: fx.GraphModule, examples: tuple[Tensor, ...]) -> Compiled:
@@ -125,7 +135,7 @@ def _compile_with_guards(graph: fx.GraphModule, examples: tuple[Tensor, ...]) ->
     """By the ordinary door; on CUDA as a graph of kernels that is launched at once."""
     cuda = any(x.is_cuda for x in examples)
     options = {"triton.cudagraphs": True} if cuda else None
-    compiled = torch._inductor.compile(copy.deepcopy(graph), list(examples), options=options)
+    compiled = torch._inductor.compile(graph, list(examples), options=options)
     if not cuda:
         return lambda inputs: compiled(*inputs)
     return lambda inputs: tree_map(torch.clone, compiled(*inputs))  # a CUDA graph overwrites its outcome

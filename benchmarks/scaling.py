@@ -1,0 +1,97 @@
+"""Cost of one gradient for one chain, from 1 to 4096 chains: does batching pay, and where does it end?
+
+    python benchmarks/scaling.py [--levels graph compiled] [--picture docs/scaling.png] [--device cpu]
+
+For eight schools (10 latents, dominated by overhead) and a hierarchical logistic regression (27 latents, 1000 data,
+dominated by arithmetic), microseconds for each chain and gradient, one thread, the best of several repetitions; beside
+it one gradient of Pyro's own potential. With `max_batch` memory is bounded: the last row does 4096 chains in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mcmc_models import DATA, PROBLEMS
+from pyro.infer.mcmc.util import initialize_model
+from pyro.ops.integrator import potential_grad
+
+import pyro_genmods as gm
+
+CHAINS = (1, 4, 16, 64, 256, 1024, 4096)
+TURNS = 512
+
+
+def seconds(call: Callable[[], Any], least: float = 0.2, repetitions: int = 3) -> float:
+    """Seconds of a call: the best mean of several repetitions of at least so many seconds."""
+    call()
+    best = float("inf")
+    for _ in range(repetitions):
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < least:
+            call()
+            count += 1
+        best = min(best, (time.perf_counter() - began) / count)
+    return best
+
+
+def measure(model: Callable[..., Any], level: str, device: str) -> dict[str, float]:
+    """Microseconds for each chain and gradient, by number of chains."""
+    found = {}
+    for chains in CHAINS:
+        energy = gm.infer.potential(model, level=level)
+        q = energy.initial(chains).to(device)
+        found[str(chains)] = 1e6 * seconds(lambda energy=energy, q=q: energy.grad(q)) / chains
+    energy = gm.infer.potential(model, level=level, max_batch=TURNS)
+    q = energy.initial(CHAINS[-1]).to(device)
+    found[f"{CHAINS[-1]} in turns of {TURNS}"] = 1e6 * seconds(lambda: energy.grad(q)) / CHAINS[-1]
+    return found
+
+
+def pyro_gradient(model: Callable[..., Any]) -> float:
+    """Microseconds of one gradient of Pyro's own potential."""
+    params, potential, _, _ = initialize_model(model)
+    return 1e6 * seconds(lambda: potential_grad(potential, params))
+
+
+def draw(rows: dict[str, dict[str, float]], pyro: dict[str, float], path: Path) -> None:
+    """The picture of the pages."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, row in rows.items():
+        points = [(int(chains), cost) for chains, cost in row.items() if chains.isdigit()]
+        axes.loglog(*zip(*points, strict=True), "o-" if "compiled" in name else "o--", label=name)
+    for name, cost in pyro.items():
+        axes.axhline(cost, color="grey", linewidth=0.8)
+        axes.annotate(f"Pyro, {name}", (1.1, cost * 1.08), color="grey", fontsize=8)
+    axes.set(xlabel="chains", ylabel="microseconds for each chain and gradient")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--levels", nargs="+", default=["graph", "compiled"])
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, pyro = {}, {}
+    for name in ("eight", "logistic"):
+        model = PROBLEMS[name](DATA).pyro(options.device)
+        pyro[name] = pyro_gradient(model)
+        print(f"{name}, Pyro: {pyro[name]:.0f} us", flush=True)
+        for level in options.levels:
+            row = rows[f"{name}, {level}"] = measure(model, level, options.device)
+            print(f"{name}, {level}: " + ", ".join(f"{c}: {cost:.3g}" for c, cost in row.items()), flush=True)
+    if options.picture:
+        draw(rows, pyro, options.picture)
+
+
+if __name__ == "__main__":
+    main()
