@@ -40,7 +40,7 @@ table {{ border-collapse: collapse }} th, td {{ border: 1px solid #ccc; padding:
 def page(path: Path) -> str:
     """One page as HTML; links to other pages lead to their HTML, other links are left alone."""
     text = re.sub(r"\]\((?:\.\./|docs/)*(\w+)\.md", r"](\1.html", path.read_text())
-    text = text.replace("`build/docs/pyro_genmods.html`", "[pyro_genmods](pyro_genmods.html)")
+    text = text.replace("](docs/", "](").replace("`build/docs/pyro_genmods.html`", "[pyro_genmods](pyro_genmods.html)")
     mathematics = pdoc.render.env.get_template("math.html.jinja2").render()
     return FRAME.format(title=path.stem, mathematics=mathematics if "$" in text else "", body=to_html(text))
 

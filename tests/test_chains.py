@@ -508,10 +508,11 @@ def test_few_and_hopeless_chains():
 
 
 def test_the_harmonic_mean():
-    acceptance = torch.rand(50).clamp_min(0.06)
+    acceptance = torch.rand(50).clamp_min(0.02)
     usable = torch.rand(50) > 0.3
     assert harmonic_mean(acceptance, usable) == pytest.approx(float(stats.hmean(acceptance[usable].numpy())), rel=1e-5)
-    assert harmonic_mean(torch.zeros(4), torch.ones(4, dtype=torch.bool)) == pytest.approx(0.05)
+    assert harmonic_mean(torch.zeros(4), torch.ones(4, dtype=torch.bool)) == pytest.approx(0.01)
+    assert harmonic_mean(torch.zeros(4), torch.ones(4, dtype=torch.bool), 0.05) == pytest.approx(0.05)
     assert harmonic_mean(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 0
 
 

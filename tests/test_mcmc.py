@@ -409,7 +409,8 @@ def test_divergences_are_warned_of():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
         pyro.sample("x", dist.Normal(torch.zeros(9), (v / 2).exp()[..., None]).to_event(1))
 
-    mcmc = made(HMC(neck, level="graph", target_accept_prob=0.4), draws=100)
+    options = {"step_size": 0.9, "adapt_step_size": False, "adapt_mass_matrix": False, "num_steps": 10}
+    mcmc = made(HMC(neck, level="graph", **options), draws=100)
     with pytest.warns(UserWarning, match=r"transitions diverged.*target_accept_prob"):
         mcmc.run()
     assert mcmc.sample_stats["diverging"].any()

@@ -238,14 +238,14 @@ def halton(index: int) -> float:
     return value
 
 
-def harmonic_mean(acceptance: Tensor, usable: Tensor) -> float:
-    """Harmonic mean over usable chains, none of which counts for less than a twentieth; 0 if there are none.
+def harmonic_mean(acceptance: Tensor, usable: Tensor, least: float = 0.01) -> float:
+    """Harmonic mean over usable chains, none of which counts for less than the least; 0 if there are none.
 
     Example:
         >>> round(harmonic_mean(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([True, True, False])), 3)
         0.667
     """
-    inverse = torch.where(usable, 1 / acceptance.clamp_min(0.05), 0.0).sum()
+    inverse = torch.where(usable, 1 / acceptance.clamp_min(least), 0.0).sum()
     return float(usable.sum() / inverse.clamp_min(1e-30))
 
 

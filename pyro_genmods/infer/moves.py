@@ -19,6 +19,7 @@ __all__ = ["EllipticalMoves", "HamiltonianMoves", "Moves"]
 LENGTH = 1.3  # of trajectories, where the target is round
 MOST_LEAPFROGS = 64
 TARGET = 0.8  # harmonic mean of the acceptance, which is that of particles in narrow places
+LEAST = 0.05  # that a particle counts for; there are always some that cannot move
 SPREAD = (0.2, 1.0)  # of step sizes, a new one for each particle and move, so that all sizes of places are served
 DENSE_DIM = 64
 MEMORY = 0.1  # correlation with the past beyond what chance makes, at which moves go on
@@ -103,7 +104,7 @@ class HamiltonianMoves(Moves):
         self._state, info = hamiltonian(self._state, self.energy, step)
         rate = float(info.acceptance.mean())
         everyone = torch.ones_like(info.accepted)
-        self._size *= math.exp(harmonic_mean(info.acceptance, everyone) - TARGET)
+        self._size *= math.exp(harmonic_mean(info.acceptance, everyone, LEAST) - TARGET)
         return self._state.position, -self.energy.parts(self._state.position)[1], rate
 
 

@@ -181,7 +181,7 @@ class ParallelTempering(ChainKernel):
         acceptance = info.acceptance.reshape(k, chains)
         everyone = torch.ones(chains, dtype=torch.bool, device=acceptance.device)
         for step, rates in zip(self._steps, acceptance, strict=True):
-            step.update(harmonic_mean(rates, everyone))
+            step.update(harmonic_mean(rates, everyone, least=0.05))
         q = self._all.position.reshape(k, chains, -1)
         if done < FREEZE * self.warmup.iterations:
             self._moments = self._moments + torch.stack([q.mean(1), q.square().mean(1)])
