@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pyro_genmods as gm
 from pyro_genmods.foundation.errors import ModelError, SamplingError, ShapeError
 from pyro_genmods.infer import HMC, MALA, MCMC, ULA
 
@@ -444,3 +445,25 @@ def test_a_good_run_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made().run(data())
+
+
+@pytest.mark.parametrize("made_by", ["HMC", "MALA", "ParallelTempering", "SMC"])
+def test_everything_stays_on_the_device(device, made_by):
+    """A program on the device that the suite was asked to use: rows, draws and statistics are there, and right."""
+    y = torch.tensor([0.5, 1.5], device=device)
+
+    def program(y: torch.Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros((), device=device), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    if made_by == "SMC":
+        run = gm.infer.SMC(program, 500, num_runs=2, progress_bar=False, seed=0)
+    else:
+        kernel = getattr(gm.infer, made_by)(program)
+        run = gm.infer.MCMC(kernel, 100, 100, 32, progress_bar=False, seed=0)
+    run.run(y)
+    x = run.get_samples()["x"]
+    assert x.device.type == run.sample_stats["lp"].device.type == device.type
+    assert abs(float(x.mean()) - 2 / 3) < 0.15
+    assert abs(float(x.std()) - 3**-0.5) < 0.1
