@@ -173,7 +173,7 @@ def test_readers_open_it(complete, whole):
     assert tree["sample_stats"]["diverging"].dtype == bool and tree["sample_stats"]["n_steps"].dtype == "int64"
     assert posterior.attrs == {"inference_library": "pyro_genmods", "exact": 1, "superchains": 2}
     expected = samples["scale"].double().mean()
-    assert float(arviz.summary(data, round_to=None)["mean"]["scale"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(arviz.summary(data, round_to="none")["mean"]["scale"]) == pytest.approx(float(expected), rel=1e-5)
     assert arviz.bfmi(data).shape == (8,)
 
 
