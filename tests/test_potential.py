@@ -832,3 +832,52 @@ def test_coordinates_have_names():
     model, args = PROGRAMS["side by side plates"].build(DOUBLE)
     names = gm.infer.potential(model, args).layout.coordinates()
     assert names == ["a[0,0]", "a[1,0]", "a[2,0]", "b[0]", "b[1]"]
+
+
+# -- supports that move ------------------------------------------------------------------------------------------------
+
+
+def test_a_support_that_depends_on_the_data_is_taken_anew():
+    """Above the largest observation: with other data the old map would leave part of the support out, silently."""
+
+    def model(y: Tensor) -> None:
+        top = pyro.sample("top", dist.Uniform(y.max(), 10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, top), obs=y)
+
+    energy = gm.infer.potential(model, (torch.tensor([1.0, 5.0]),))
+    energy.value_and_grad(torch.zeros(3, 1))
+    assert energy.update((torch.tensor([2.0, 5.0]),), {})
+    assert not energy.update((torch.tensor([1.0, 2.0]),), {})
+    mcmc = gm.infer.MCMC(gm.infer.HMC(model), 200, 100, 32, progress_bar=False, seed=0)
+    for largest in (5.0, 2.0):
+        mcmc.run(torch.tensor([1.0, largest]))
+        top = mcmc.get_samples()["top"]  # density proportional to top**-2
+        exact = math.log(10 / largest) / (1 / largest - 1 / 10)
+        assert float(top.min()) == pytest.approx(largest, rel=0.02)
+        assert float(top.mean()) == pytest.approx(exact, rel=0.05)
+
+
+def test_a_support_that_depends_on_a_latent_is_refused():
+    def model() -> None:
+        x = pyro.sample("x", dist.Uniform(0.0, 1.0))
+        pyro.sample("z", dist.Uniform(0.0, x))
+
+    with pytest.raises(ModelError, match=r"'z'.*fixed support"):
+        gm.infer.potential(model)
+
+
+@pytest.mark.parametrize("method", ["grad", "value", "parts"])
+def test_new_data_are_checked_against_whatever_was_recorded(method):
+    """A closure changes after a graph of one kind was recorded, and before any of another kind was."""
+    held = [torch.tensor(0.0)]
+
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(held[0], 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    energy = gm.infer.potential(model, (torch.tensor(1.0),))
+    getattr(energy, method)(torch.zeros(2, 1))
+    held[0] = torch.tensor(3.0)
+    assert not energy.update((torch.tensor(2.0),), {})
+    assert energy.num_gradients == (2 if method == "grad" else 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer
 import pytest
 import torch
 from pyro import poutine
@@ -308,3 +309,37 @@ def test_tempering_refuses_what_it_cannot_do():
         gm.infer.ParallelTempering(two_modes, num_temperatures=1)
     with pytest.raises(ModelError, match="'x'"):
         gm.infer.MCMC(gm.infer.ParallelTempering(flat), 10, 10, 8, **OPTIONS).run()
+
+
+def test_tempering_refuses_options_that_it_would_ignore():
+    with pytest.raises(TypeError, match="step_size: not an option"):
+        gm.infer.ParallelTempering(two_modes, step_size=0.1)
+
+
+def test_tempering_inside_pyro():
+    kernel = gm.infer.ParallelTempering(lambda: two_modes(dim=1), num_temperatures=6)
+    pyro.set_rng_seed(1)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=3000, warmup_steps=600, disable_progbar=True)
+    mcmc.run()
+    x = mcmc.get_samples()["x"][:, 0]
+    assert abs(float((x > 0).double().mean()) - 0.3) < 0.1
+
+
+def test_a_likelihood_beyond_reach_is_an_error_and_not_a_prior(monkeypatch):
+    monkeypatch.setattr("pyro_genmods.infer.smc.MOST_STAGES", 3)
+    with pytest.raises(SamplingError, match="3 stages"):
+        gm.infer.SMC(lambda: two_modes(dim=20, distance=8.0), 32, **OPTIONS).run()
+
+
+def test_an_interrupt_keeps_finished_runs(y, monkeypatch):
+    smc, once = gm.infer.SMC(normal, 64, num_runs=3, **OPTIONS), gm.infer.SMC._one
+
+    def interrupted(self, index, seed):
+        if index == 2:
+            raise KeyboardInterrupt
+        return once(self, index, seed)
+
+    monkeypatch.setattr(gm.infer.SMC, "_one", interrupted)
+    with pytest.warns(UserWarning, match="2 of 3 runs"):
+        smc.run(y)
+    assert smc.get_samples(group_by_chain=True)["x"].shape == (2, 64, 3) and smc.num_chains == 2

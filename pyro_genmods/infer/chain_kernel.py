@@ -30,7 +30,7 @@ class ChainKernel(MCMCKernel):
     """What all kernels share: a potential, chains on it, and their warm-up.
 
     Attributes:
-        exact: whether the stationary law is the posterior.
+        exact: whether the stationary law is the posterior. ``tempered``: whether chains have temperatures.
         state: of all chains.
         warmup: what has been learned so far.
         potential: the traced potential; kept between runs where the data have the same shapes.
@@ -38,6 +38,7 @@ class ChainKernel(MCMCKernel):
     """
 
     exact: ClassVar[bool] = True
+    tempered: ClassVar[bool] = False
     target: ClassVar[float]
     length: ClassVar[float | None] = None
 
@@ -177,6 +178,7 @@ class ChainKernel(MCMCKernel):
             if self.potential is not None and self.potential.update(args, kwargs):
                 return self.potential
             options = {"transforms": self._transforms, "max_plate_nesting": self._max_plate_nesting}
+            options["tempered"] = self.tempered
             return potential(self.model, args, kwargs, road=self._road, **options, **self._options)
         if isinstance(self.potential_fn, Potential):
             return self.potential_fn

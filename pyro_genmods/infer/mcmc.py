@@ -30,7 +30,7 @@ class MCMC:
     """Markov chain Monte Carlo with many chains in one batch.
 
     Arguments:
-        kernel: :class:`HMC`, :class:`MALA` or :class:`ULA`.
+        kernel: :class:`HMC`, :class:`MALA`, :class:`ULA` or :class:`ParallelTempering`.
         num_samples: draws to keep of each chain.
         warmup_steps: iterations before; default 100 for 64 chains or more, more for fewer.
         num_chains: chains, moved together.
@@ -86,7 +86,7 @@ class MCMC:
         progress_bar: bool = True,
     ) -> None:
         if not isinstance(kernel, ChainKernel):
-            raise TypeError(f"kernel: got {type(kernel).__name__}, needs infer.HMC, MALA or ULA.")
+            raise TypeError(f"kernel: got {type(kernel).__name__}, needs infer.HMC, MALA, ULA or ParallelTempering.")
         for name, number, least in (
             ("num_samples", num_samples, 1),
             ("num_chains", num_chains, 1),

@@ -38,6 +38,7 @@ from ..foundation.errors import ModelError
 from .initialization import anywhere, continuous, init_to_prior
 from .layout import Layout
 from .quiet import Reached, quiet, value_and_grad
+from .supports import check_supports, moved_support
 
 __all__ = ["Program"]
 
@@ -93,7 +94,10 @@ class Program:
         self._is_data = [isinstance(leaf, Tensor) for leaf in leaves]
         args, kwargs = self.arguments(self.data)
         self._check_sites(args, kwargs)
+        self._automatic = transforms is None
         self._potential = self._pyro_potential(args, kwargs, transforms, max_plate_nesting)
+        if self._automatic:
+            check_supports(model, args, kwargs, self.layout)
         self.why: list[str] = []
         self._reached = Reached()
         self.road = self._find_road(road)
@@ -116,7 +120,9 @@ class Program:
         data = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         same = all(_place(new) == _place(old) for new, old in zip(data, self.data, strict=True))
         rest = zip(leaves, self._constants, is_data, strict=True)
-        return data if same and all(tensor or _equal(new, old) for new, old, tensor in rest) else None
+        if not same or not all(tensor or _equal(new, old) for new, old, tensor in rest):
+            return None
+        return None if self._automatic and moved_support(self.model, args, kwargs, self.layout) else data
 
     # -- what Pyro makes of the program ---------------------------------------------------------------------------
 

@@ -137,13 +137,19 @@ class SMC:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        """Make all runs, with the arguments of the model."""
+        """Make all runs, with the arguments of the model. Ctrl-C keeps the runs that are finished."""
         self._args, self._kwargs = args, kwargs
         self.potential = self._find_potential(args, kwargs)
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         self.stages, log_evidences, rows, energies = [], [], [], []
         for index in range(self.num_runs):
-            q, energy, log_evidence, stages = self._one(index, seed + index)
+            try:
+                q, energy, log_evidence, stages = self._one(index, seed + index)
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                warnings.warn(f"interrupted: {index} of {self.num_runs} runs are kept.", stacklevel=2)
+                break
             rows.append(q)
             energies.append(energy)
             log_evidences.append(log_evidence)
@@ -177,7 +183,12 @@ class SMC:
             )
         beta, log_evidence, stages = 0.0, 0.0, []
         with tqdm(total=1.0, disable=not self.progress_bar, desc=f"run {index + 1}/{self.num_runs}") as bar:
-            while beta < 1 and len(stages) < MOST_STAGES:
+            while beta < 1:
+                if len(stages) == MOST_STAGES:
+                    raise SamplingError(
+                        f"model: {MOST_STAGES} stages reached an inverse temperature of {beta:.3g}; the likelihood is too "
+                        "sharp for this prior. Take more particles, a lower target_ess, or a prior nearer to it."
+                    )
                 possible = float(likelihood.isfinite().sum())  # the others are lost at any temperature
                 step = _next_step(likelihood, 1 - beta, self.target_ess * possible)
                 log_weight = _finite(likelihood * step)
@@ -202,7 +213,7 @@ class SMC:
 
     def _judge(self) -> None:
         """Evidence with its error, and whether the runs agree."""
-        z, runs = self.log_evidences, self.num_runs
+        z, runs = self.log_evidences, len(self.log_evidences)
         self.log_evidence = float(z.logsumexp(0)) - math.log(runs)
         relative = (z - self.log_evidence).exp()
         self.log_evidence_error = float(relative.std() / math.sqrt(runs)) if runs > 1 else math.nan
@@ -236,7 +247,7 @@ class SMC:
     @property
     def num_chains(self) -> int:
         """Runs: particles of different runs are independent, those of one run are not quite."""
-        return self.num_runs
+        return len(self.unconstrained)
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Particles at inverse temperature one, of equal weight.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ..foundation.adaptation import DualAveraging, halton, harmonic_mean
 from ..foundation.chains import Info, State, Step, hamiltonian, start
 from ..foundation.errors import ModelError
 from .chain_kernel import ChainKernel
-from .potential import Potential, potential
+from .potential import Potential
 from .randoms import Stream
 from .warmup import WarmUp, descend
 
@@ -40,6 +41,7 @@ LENGTH = 1.3
 SPACING = 4.0  # exponent of the first ladder
 LADDER_TURNS = (0.15, 0.3, 0.5)  # of the warm-up, where the ladder is spaced anew
 FREEZE = 0.85
+OPTIONS = {"target_accept_prob", "init_strategy", "transforms", "max_plate_nesting", "level", "road", "max_batch"}
 
 
 class ParallelTempering(ChainKernel):
@@ -57,6 +59,7 @@ class ParallelTempering(ChainKernel):
 
     Raises:
         ModelError: a prior is improper.
+        TypeError: an option of another kernel; step sizes and scales are learned for every temperature.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
@@ -72,6 +75,7 @@ class ParallelTempering(ChainKernel):
     """
 
     target = 0.7
+    tempered = True
 
     def __init__(
         self,
@@ -83,6 +87,11 @@ class ParallelTempering(ChainKernel):
     ) -> None:
         if num_temperatures < 2:
             raise ValueError(f"num_temperatures: got {num_temperatures}, needs at least 2.")
+        strange = sorted(options.keys() - OPTIONS)
+        if strange:
+            raise TypeError(
+                f"{strange[0]}: not an option of ParallelTempering, which takes {', '.join(sorted(OPTIONS))}."
+            )
         super().__init__(model, **options)
         self.num_temperatures, self.max_leapfrogs = num_temperatures, max_leapfrogs
 
@@ -92,10 +101,7 @@ class ParallelTempering(ChainKernel):
         kwargs: Mapping[str, Any],
         initial_params: Mapping[str, Tensor] | None,
     ) -> Potential:
-        if self.potential is not None and self.potential.update(args, kwargs):
-            return self.potential
-        options = {"transforms": self._transforms, "max_plate_nesting": self._max_plate_nesting}
-        found = potential(self.model, args, kwargs, road=self._road, tempered=True, **options, **self._options)
+        found = super()._find_potential(args, kwargs, initial_params)
         improper = found.program.improper()
         if improper:
             raise ModelError(
@@ -216,7 +222,7 @@ class ParallelTempering(ChainKernel):
         names = ("ladder", "_scale", "_moments", "_rejected")
         tensors = {name: getattr(self, name) for name in names}
         tensors |= {**self._all._asdict(), "generator": before, "exchange": self._exchange.get_state()}
-        numbers: dict[str, Any] = {"steps": [vars(step) for step in self._steps], "weight": self._weight}
+        numbers: dict[str, Any] = {"steps": [asdict(step) for step in self._steps], "weight": self._weight}
         counts = {"tried": self._tried, "used": used, "iteration": self.warmup.iteration}
         return tensors, {**numbers, **counts, "kernel_iteration": self.iteration}
 
