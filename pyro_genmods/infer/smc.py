@@ -186,8 +186,8 @@ class SMC:
             while beta < 1:
                 if len(stages) == MOST_STAGES:
                     raise SamplingError(
-                        f"model: {MOST_STAGES} stages reached an inverse temperature of {beta:.3g}; the likelihood is too "
-                        "sharp for this prior. Take more particles, a lower target_ess, or a prior nearer to it."
+                        f"model: {MOST_STAGES} stages reached an inverse temperature of {beta:.3g}; the likelihood is "
+                        "too sharp for this prior. Take more particles, a lower target_ess, or a prior nearer to it."
                     )
                 possible = float(likelihood.isfinite().sum())  # the others are lost at any temperature
                 step = _next_step(likelihood, 1 - beta, self.target_ess * possible)
