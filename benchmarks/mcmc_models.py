@@ -74,7 +74,7 @@ class Problem:
         return np.random.default_rng([seed, 1]).uniform(-spread, spread, (chains, self.dim))
 
 
-def eight(folder: Path) -> Problem:  # noqa: ARG001
+def eight(_folder: Path) -> Problem:
     y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=np.float32)
     error = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=np.float32)
 
@@ -109,7 +109,7 @@ def eight(folder: Path) -> Problem:  # noqa: ARG001
     return Problem({"mu": (), "tau": (), "theta_trans": (8,)}, torch_model, jax_model, frozenset({"tau"}))
 
 
-def logistic(folder: Path) -> Problem:  # noqa: ARG001
+def logistic(_folder: Path) -> Problem:
     rng = np.random.default_rng(25)
     x = rng.standard_normal((1000, 25)).astype(np.float32)
     logits = 0.5 + x @ (0.5 * rng.standard_normal(25))
@@ -147,7 +147,7 @@ def logistic(folder: Path) -> Problem:  # noqa: ARG001
     return Problem({"beta": (25,), "intercept": (), "tau": ()}, torch_model, jax_model, frozenset({"tau"}))
 
 
-def gaussian(folder: Path) -> Problem:  # noqa: ARG001
+def gaussian(_folder: Path) -> Problem:
     scale = np.logspace(-1, 1, 100).astype(np.float32)
 
     def torch_model(device: str) -> Callable:
@@ -175,7 +175,7 @@ def gaussian(folder: Path) -> Problem:  # noqa: ARG001
     return Problem({"x": (100,)}, torch_model, jax_model, moments=(np.zeros(100), scale.astype(np.float64)))
 
 
-def flow(folder: Path) -> Problem:  # noqa: ARG001
+def flow(_folder: Path) -> Problem:
     rng = np.random.default_rng(8)
     design = (rng.standard_normal((16, 8)) / np.sqrt(8)).astype(np.float32)
     y = (design @ rng.standard_normal(8) + 0.5 * rng.standard_normal(16)).astype(np.float32)
@@ -202,7 +202,7 @@ def flow(folder: Path) -> Problem:  # noqa: ARG001
     return Problem({"z": (8,)}, torch_model)
 
 
-def banana(folder: Path) -> Problem:  # noqa: ARG001
+def banana(_folder: Path) -> Problem:
     def torch_model(device: str) -> Callable:
         import pyro
         import pyro.distributions as dist

@@ -26,6 +26,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ def pyro_nuts(problem: Problem, plan: Plan) -> Callable[[], Callable[[], Run]]:
         counts["all"] += 1
         return gradient(*args)
 
-    def hook(kernel: Any, params: Any, stage: str, i: int) -> None:  # noqa: ARG001
+    def hook(_kernel: Any, _params: Any, stage: str, _index: int) -> None:
         if stage.startswith("Warmup"):
             counts["warm-up"] = counts["all"]
 
@@ -222,7 +223,7 @@ def chees(problem: Problem, plan: Plan) -> Callable[[], Callable[[], Run]]:
         log_density,
         plan.chains,
         mass_matrix_estimation="diagonal",
-        adaptation_info_fn=lambda state, info, adaptation: Steps(info.num_integration_steps),  # noqa: ARG005
+        adaptation_info_fn=lambda _state, info, _adaptation: Steps(info.num_integration_steps),
     )
 
     def job(key: Any, starts: Any) -> tuple[Any, ...]:
@@ -287,13 +288,13 @@ def gradient(problem: Problem, plan: Plan, options: argparse.Namespace) -> dict[
 
         potential_fn = initialize_model(model)[1]
         point = {name: value[0] for name, value in starts.items()}
-        call = lambda: potential_grad(potential_fn, point)  # noqa: E731
+        call = partial(potential_grad, potential_fn, point)
     else:
         import pyro_genmods as gm
 
         potential = gm.infer.potential(model, level=plan.level)
         q = potential.initial(plan.chains)
-        call = lambda: potential.grad(q)  # noqa: E731
+        call = partial(potential.grad, q)
     call()
     row: dict[str, Any] = {"cold cpu": cpu() - begin}
     wait = torch.cuda.synchronize if plan.device != "cpu" else lambda: None

@@ -5,6 +5,7 @@
 For eight schools (10 latents, dominated by overhead) and a hierarchical logistic regression (27 latents, 1000 data,
 dominated by arithmetic), microseconds for each chain and gradient, one thread, the best of several repetitions; beside
 it one gradient of Pyro's own potential. With `max_batch` memory is bounded: the last row does 4096 chains in turns.
+Then Pyro's own NUTS on its own potential and on ours, milliseconds for each leapfrog, one chain.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 from mcmc_models import DATA, PROBLEMS
+from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.util import initialize_model
-from pyro.ops.integrator import potential_grad
+from pyro.ops import integrator
 
 import pyro_genmods as gm
 
@@ -55,10 +58,28 @@ def measure(model: Callable[..., Any], level: str, device: str) -> dict[str, flo
 def pyro_gradient(model: Callable[..., Any]) -> float:
     """Microseconds of one gradient of Pyro's own potential."""
     params, potential, _, _ = initialize_model(model)
-    return 1e6 * seconds(lambda: potential_grad(potential, params))
+    return 1e6 * seconds(lambda: integrator.potential_grad(potential, params))
 
 
-def draw(rows: dict[str, dict[str, float]], pyro: dict[str, float], path: Path) -> None:
+def nuts(kernel: NUTS, params: dict[str, torch.Tensor]) -> float:
+    """Milliseconds of each leapfrog of a run of Pyro's NUTS."""
+    calls, gradient = [0], integrator.potential_grad
+
+    def counted(*arguments: Any) -> Any:
+        calls[0] += 1
+        return gradient(*arguments)
+
+    integrator.potential_grad = counted
+    pyro.set_rng_seed(0)
+    began = time.process_time()
+    try:
+        MCMC(kernel, 150, 150, initial_params=params, disable_progbar=True).run()
+    finally:
+        integrator.potential_grad = gradient
+    return 1e3 * (time.process_time() - began) / calls[0]
+
+
+def draw(rows: dict[str, dict[str, float]], peers: dict[str, float], path: Path) -> None:
     """The picture of the pages."""
     import matplotlib.pyplot as plt
 
@@ -66,7 +87,7 @@ def draw(rows: dict[str, dict[str, float]], pyro: dict[str, float], path: Path) 
     for name, row in rows.items():
         points = [(int(chains), cost) for chains, cost in row.items() if chains.isdigit()]
         axes.loglog(*zip(*points, strict=True), "o-" if "compiled" in name else "o--", label=name)
-    for position, (name, cost) in zip((1.1, 200), pyro.items(), strict=True):
+    for position, (name, cost) in zip((1.1, 200), peers.items(), strict=True):
         axes.axhline(cost, color="grey", linewidth=0.8)
         axes.annotate(f"Pyro, {name}", (position, cost * 1.15), color="grey", fontsize=8)
     axes.set_ylim(top=4e3)
@@ -82,16 +103,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, pyro = {}, {}
+    rows, peers = {}, {}
     for name in ("eight", "logistic"):
         model = PROBLEMS[name](DATA).pyro(options.device)
-        pyro[name] = pyro_gradient(model)
-        print(f"{name}, Pyro: {pyro[name]:.0f} us", flush=True)
+        peers[name] = pyro_gradient(model)
+        print(f"{name}, Pyro: {peers[name]:.0f} us", flush=True)
+        energy = gm.infer.potential(model, level="compiled")
+        start = energy.initial_params
+        energy(start)
+        own = nuts(NUTS(model), start)
+        ours = nuts(NUTS(potential_fn=energy, transforms=energy.transforms), start)
+        print(
+            f"{name}, Pyro's NUTS: {own:.3g} ms a leapfrog, on our potential {ours:.3g} ms, {own / ours:.2f}x",
+            flush=True,
+        )
         for level in options.levels:
             row = rows[f"{name}, {level}"] = measure(model, level, options.device)
             print(f"{name}, {level}: " + ", ".join(f"{c}: {cost:.3g}" for c, cost in row.items()), flush=True)
     if options.picture:
-        draw(rows, pyro, options.picture)
+        draw(rows, peers, options.picture)
 
 
 if __name__ == "__main__":

@@ -520,9 +520,13 @@ def test_every_posterior_is_in_the_list():
 
 @SLOW
 @with_data
-@pytest.mark.parametrize("observation", [1, 2, 3])
+@pytest.mark.parametrize("observation", range(1, 11))
 def test_gaussian_mixture_of_sbibm(observation):
-    """Two scales around one mean, so one mode; `two_moons` has two and `slcp` four, which are the business of SMC."""
+    """Two scales, one ten times the other, around one mean.
+
+    So there is one mode; `two_moons` has two and `slcp` four: `test_smc.py` has them. Steps of MALA must fit the narrow
+    scale, and it crosses the wide one as a random walk: R-hat is 1.1 after 2000 draws, and it is not asked.
+    """
     sbibm = loaded("sbibm_tasks")
     task = sbibm.TASKS["gaussian_mixture"]
     x, _, reference = sbibm.obs(sbibm.load("gaussian_mixture"), observation)

@@ -20,7 +20,7 @@ from pyro_genmods.foundation.errors import ModelError, SamplingError
 from pyro_genmods.infer.smc import _next_step, _systematic
 
 from .linear_gaussian import DOUBLE, LinearGaussian, affine_flow
-from .statistics import assert_law, assert_mean
+from .statistics import assert_law, assert_mean, judge
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 EVIDENCES = {
@@ -30,6 +30,7 @@ EVIDENCES = {
     "gp_pois_regr-gp_regr": -27.552,
 }
 NATS = 0.1
+INDEPENDENT = 2000  # draws that 8000 particles are worth at least: those of a run have common ancestors
 OPTIONS = {"progress_bar": False, "seed": 0}
 
 
@@ -162,6 +163,32 @@ def test_evidences_of_real_posteriors(name):
     found = torch.tensor(models.to_reference(name, models.load_data(name), smc.get_samples()))
     assert ((found.mean(0) - draws.mean(0)) / draws.std(0)).abs().max() < 0.06
     assert ((found.std(0) / draws.std(0)) - 1).abs().max() < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "sbibm_tasks.py").exists(), reason="no reference data")
+@pytest.mark.parametrize(
+    ("name", "observation"), [("two_moons", i) for i in range(1, 11)] + [("slcp", i) for i in range(1, 6)]
+)
+def test_reference_posteriors_with_several_modes(name, observation):
+    """Two crescents, and four modes of a five-dimensional posterior, against published draws."""
+    spec = importlib.util.spec_from_file_location("sbibm_tasks", DATA / "sbibm_tasks.py")
+    tasks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tasks)
+    x, _, reference = tasks.obs(tasks.load(name), observation)
+    smc = gm.infer.SMC(tasks.TASKS[name].model, 4000, num_runs=2, max_moves=15, **OPTIONS)
+    smc.run(x)
+    theta = smc.get_samples()["theta"]
+    effective = INDEPENDENT * len(reference) / (INDEPENDENT + len(reference))
+    for i, (found, truth) in enumerate(zip(theta.T.double(), reference.T.double(), strict=True)):
+        tails = float(((truth - truth.mean()) / truth.std()).pow(4).mean())  # a standard deviation is known so well
+        shift = float((found.mean() - truth.mean()) / truth.std()) * effective**0.5
+        spread = float(found.std() / truth.std() - 1) / math.sqrt((tails - 1) / 4 / effective)
+        largest = float(stats.ks_2samp(found.numpy(), truth.numpy()).statistic) * effective**0.5
+        where, checks = f"{name} {observation}, theta[{i}]", 3 * theta.shape[1]
+        judge(f"{where}, mean", shift, 2 * float(stats.norm.sf(abs(shift))), checks)
+        judge(f"{where}, sd", spread, 2 * float(stats.norm.sf(abs(spread))), checks)
+        judge(f"{where}, law", largest, float(stats.kstwobign.sf(largest)), checks)
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
