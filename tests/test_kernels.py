@@ -7,12 +7,10 @@ posteriors of `../shared/data` against their published draws, and simulation-bas
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import arviz
@@ -28,11 +26,11 @@ from pyro_genmods.foundation.errors import ModelError, SamplingError
 from pyro_genmods.infer import HMC, MALA, MCMC, ULA
 
 from .posteriors_many import CONJUGATE, DIFFICULT, Known, drawn, exact
+from .reference_data import DATA, POSTERIORS, loaded, with_data
 from .statistics import assert_counts, assert_mean, chain_standard_error
 
 KERNELS = {"HMC": HMC, "MALA": MALA}
 SLOW = pytest.mark.slow
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 recorder = importlib.import_module("pyro_genmods.infer.fusion")
 
 
@@ -464,26 +462,10 @@ def test_a_run_goes_on_from_its_state():
 # -- real posteriors ---------------------------------------------------------------------------------------------------
 
 
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-POSTERIORS = [
-    "eight_schools-eight_schools_noncentered",
-    "arK-arK",
-    "kidiq-kidscore_momhsiq",
-    "sblri-blr",
-    "earnings-logearn_height",
-    "gp_pois_regr-gp_regr",
-]
 EXPLAINED = {"eight_schools-eight_schools_noncentered": 0.001}  # the neck at tau = 0: so many of all transitions
 
 # A funnel, and a regression on uncentred heights: one leapfrog at a time takes very long there.
 TOO_LONG_A_WALK = {"eight_schools-eight_schools_noncentered", "earnings-logearn_height"}
-with_data = pytest.mark.skipif(not (DATA / "posteriordb_models.py").exists(), reason=f"no data in {DATA.name}")
 
 
 @SLOW
@@ -494,7 +476,7 @@ with_data = pytest.mark.skipif(not (DATA / "posteriordb_models.py").exists(), re
     [(name, HMC) for name in POSTERIORS] + [(name, MALA) for name in POSTERIORS if name not in TOO_LONG_A_WALK],
 )
 def test_posteriordb(name, kernel):
-    db = loaded("posteriordb_models")
+    db = loaded(DATA / "posteriordb_models.py")
     data = db.load_data(name)
     chains, number, warmup = (16, 1000, 1000) if kernel is HMC else (64, 1500, 300)
     mcmc = sampled(kernel(db.POSTERIORS[name]["model"](data)), draws=number, chains=chains, warmup_steps=warmup, seed=1)
@@ -515,7 +497,7 @@ def test_posteriordb(name, kernel):
 
 @with_data
 def test_every_posterior_is_in_the_list():
-    assert set(POSTERIORS) == set(loaded("posteriordb_models").POSTERIORS)
+    assert set(POSTERIORS) == set(loaded(DATA / "posteriordb_models.py").POSTERIORS)
 
 
 @SLOW
@@ -527,7 +509,7 @@ def test_gaussian_mixture_of_sbibm(observation):
     So there is one mode; `two_moons` has two and `slcp` four: `test_smc.py` has them. Steps of MALA must fit the narrow
     scale, and it crosses the wide one as a random walk: R-hat is 1.1 after 2000 draws, and it is not asked.
     """
-    sbibm = loaded("sbibm_tasks")
+    sbibm = loaded(DATA / "sbibm_tasks.py")
     task = sbibm.TASKS["gaussian_mixture"]
     x, _, reference = sbibm.obs(sbibm.load("gaussian_mixture"), observation)
     mcmc = sampled(HMC(task.model), x, draws=2000, chains=64, warmup_steps=500, seed=1)

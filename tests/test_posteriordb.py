@@ -5,35 +5,22 @@ The comparison itself is `benchmarks/guides_posteriordb.py`, imported by path: w
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
-POSTERIORS = [
-    "eight_schools-eight_schools_noncentered",
-    "arK-arK",
-    "kidiq-kidscore_momhsiq",
-    "sblri-blr",
-    "earnings-logearn_height",
-    "gp_pois_regr-gp_regr",
-]
+from .reference_data import DATA, POSTERIORS, ROOT, loaded, with_data
+
 SHORT = "gp_pois_regr-gp_regr"
 
-pytestmark = pytest.mark.skipif(not (DATA / "posteriordb_models.py").exists(), reason=f"no data in {DATA.name}")
+pytestmark = with_data
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("guides_posteriordb", ROOT / "benchmarks" / "guides_posteriordb.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "benchmarks" / "guides_posteriordb.py")
 
 
 def measured(benchmark: ModuleType, capsys: pytest.CaptureFixture, name: str, steps: int) -> dict[str, Any]:

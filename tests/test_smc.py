@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -20,9 +18,9 @@ from pyro_genmods.foundation.errors import ModelError, SamplingError
 from pyro_genmods.infer.smc import _next_step, _systematic
 
 from .linear_gaussian import DOUBLE, LinearGaussian, affine_flow
+from .reference_data import DATA, loaded, with_data
 from .statistics import assert_law, assert_mean, judge
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 EVIDENCES = {
     "eight_schools-eight_schools_noncentered": -31.311,
     "arK-arK": 58.588,
@@ -146,12 +144,10 @@ def test_the_elliptical_slice_leaves_its_posterior_as_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "posteriordb_models.py").exists(), reason="no reference data")
+@with_data
 @pytest.mark.parametrize("name", EVIDENCES)
 def test_evidences_of_real_posteriors(name):
-    spec = importlib.util.spec_from_file_location("posteriordb_models", DATA / "posteriordb_models.py")
-    models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(models)
+    models = loaded(DATA / "posteriordb_models.py")
     smc = gm.infer.SMC(
         models.POSTERIORS[name]["model"](models.load_data(name)), 4000, num_runs=6, num_moves=8, **OPTIONS
     )
@@ -166,15 +162,13 @@ def test_evidences_of_real_posteriors(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (DATA / "sbibm_tasks.py").exists(), reason="no reference data")
+@with_data
 @pytest.mark.parametrize(
     ("name", "observation"), [("two_moons", i) for i in range(1, 11)] + [("slcp", i) for i in range(1, 6)]
 )
 def test_reference_posteriors_with_several_modes(name, observation):
     """Two crescents, and four modes of a five-dimensional posterior, against published draws."""
-    spec = importlib.util.spec_from_file_location("sbibm_tasks", DATA / "sbibm_tasks.py")
-    tasks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tasks)
+    tasks = loaded(DATA / "sbibm_tasks.py")
     x, _, reference = tasks.obs(tasks.load(name), observation)
     smc = gm.infer.SMC(tasks.TASKS[name].model, 4000, num_runs=2, max_moves=15, **OPTIONS)
     smc.run(x)
