@@ -5,8 +5,9 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 ``Predictive``. See the README for a tour and ``docs/design.md`` for the ideas.
 """
 
-from . import diagnostics, infer, transform
+from . import diagnostics, factorize, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
+from .factorize import Autoregressive
 from .io import load, save
 from .training import TrainingHistory, fit
 from .transform import Flow
@@ -15,6 +16,7 @@ from .transform import Flow
 infer.AutoFlow.default_flow = staticmethod(transform.guide_flow)
 
 __all__ = [
+    "Autoregressive",
     "Cost",
     "Density",
     "Flow",
@@ -22,6 +24,7 @@ __all__ = [
     "GenerativeModel",
     "TrainingHistory",
     "diagnostics",
+    "factorize",
     "fit",
     "infer",
     "load",

@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
-from .foundation.errors import DataError, ShapeError, SupportError
+from .foundation.errors import DataError, DensityError, ShapeError, SupportError
 from .foundation.shapes import Rows
 
 __all__ = ["Circular", "Coordinates", "Standardization", "circular", "event_support"]
@@ -201,6 +201,38 @@ class Coordinates(nn.Module):
             volume = volume + self.standardization.log_scale()
         y = self.standardization(u.reshape(x.shape[0], self.features))
         return y, torch.where(inside, -volume, -size - math.inf)
+
+    def entry_volumes(self, x: Tensor) -> Tensor:
+        """``log |dy/dx|`` of each entry of events ``(rows, *event_shape)``, ``(rows, features)``.
+
+        Raises:
+            DensityError: entries of a joint support, such as a simplex, have no volumes of their own.
+        """
+        entry = _innermost(self.support)
+        x = x.reshape(x.shape[0], -1)
+        if self.identity:
+            volumes = torch.zeros_like(x)
+        elif entry.event_dim:
+            raise DensityError(f"entries of events on {self.support} cannot be taken one by one; take whole events.")
+        else:
+            bijection = biject_to(entry)
+            volumes = -bijection.log_abs_det_jacobian(bijection.inv(x), x)
+        return volumes - self.standardization.scale.log()
+
+    def columns(self, index: Tensor) -> Coordinates:
+        """Coordinates of some entries, as a vector.
+
+        Raises:
+            DensityError: the support is a joint one.
+        """
+        entry = _innermost(self.support)
+        if entry.event_dim and not self.identity:
+            raise DensityError(f"entries of events on {self.support} cannot be taken one by one; take whole events.")
+        part = Coordinates(Size([len(index)]), entry, self.native).to(self.standardization.shift)
+        part.standardization.shift.copy_(self.standardization.shift[index])
+        part.standardization.scale.copy_(self.standardization.scale[index])
+        part.standardization.active = self.standardization.active
+        return part
 
     def push(self, y: Rows) -> tuple[Tensor, Tensor | float]:
         """Rows ``(rows, features)`` to events ``(rows, *event_shape)``, and ``log |dx/dy|``."""

@@ -131,7 +131,7 @@ class GenerativeDistribution(TorchDistribution):
         with torch.no_grad():
             shape, c = self._draw_shape(sample_shape)
             x, _ = self.model.coordinates.push(self.model.sample_rows(shape.numel(), c))
-            return x.reshape(shape + self.event_shape)
+            return self._as_values(x).reshape(shape + self.event_shape)
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         """Draw with pathwise gradients, ``(*sample_shape, *batch_shape, *event_shape)``."""
@@ -157,7 +157,8 @@ class GenerativeDistribution(TorchDistribution):
         """
         lead, rows, c, lost = self._noise_rows(z)
         x, _ = self.model.coordinates.push(self.model.push_rows(rows, c))
-        return x.flatten(1).masked_fill(lost[:, None], torch.nan).reshape(lead + self.event_shape)
+        x = x.flatten(1).masked_fill(lost[:, None], torch.nan)
+        return self._as_values(x).reshape(lead + self.event_shape)
 
     def push_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Carry noise to values and give their log density, computed together where that is cheaper."""
@@ -196,6 +197,8 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(event_shape)
         if split < 0 or value.shape[split:] != event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(event_shape)}).")
+        if self.is_discrete:
+            value = value.to(torch.promote_types(self.model.place[0], torch.float32))  # bfloat16 has no 257
         lead = Size(value.shape[:split])  # a tuple where Pyro tracks provenance
         if self.context is None:
             return lead, value.reshape((lead.numel(), *event_shape)), None
@@ -211,6 +214,14 @@ class GenerativeDistribution(TorchDistribution):
     def _context_rows(self, lead: Size) -> Tensor:
         c = self.context.expand(lead + self.model.context_shape).reshape(lead.numel(), -1)
         return self.model.context_standardization(c)
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether all values are discrete, for which any real dtype will do."""
+        return bool(self.model.support.is_discrete)
+
+    def _as_values(self, x: Tensor) -> Tensor:
+        return x if self.model.value_dtype is None else x.to(self.model.value_dtype)
 
     def _values(self, rows: Tensor, lead: Size) -> Tensor:
         values = rows.reshape(lead)
@@ -235,7 +246,8 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(self.event_shape)
         if split < 0 or value.shape[split:] != self.event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(self.event_shape)}).")
-        _check_place("value", value, self.model)
+        if not self.is_discrete:
+            _check_place("value", value, self.model)
         finite = torch._is_all_true(value.isfinite())
         if finite and self.model.coordinates.identity and not self.model.coordinates.native:
             return True

@@ -76,6 +76,7 @@ class Mechanism(nn.Module, ABC):
     Attributes:
         density: how honest :meth:`log_prob_rows` is.
         has_rsample: whether draws carry pathwise gradients.
+        value_dtype: dtype of values where it is not that of the parameters (tokens are ``torch.int64``).
         constructor_arguments: what the object was built from; a saved model is rebuilt from it.
 
     Raises:
@@ -85,6 +86,7 @@ class Mechanism(nn.Module, ABC):
 
     density: ClassVar[Density]
     has_rsample: bool = True
+    value_dtype: torch.dtype | None = None
 
     def __new__(cls: type[Built], *args: Any, **kwargs: Any) -> Built:
         """Remember the constructor's arguments, from which a saved model is rebuilt."""
@@ -148,7 +150,7 @@ class Mechanism(nn.Module, ABC):
         """Reset the parameters so that :meth:`push_rows` is the identity map, if the mechanism can; say whether."""
         return False
 
-    # -- row functions ----------------- ---------------------------------------------------------------------------
+    # -- row functions -------------------------------------------------------------------------------------------
 
     def base_distribution(self) -> TorchDistributionMixin:
         """Law of the noise, event shape :attr:`noise_shape`, no batch."""

@@ -1,0 +1,157 @@
+r"""The Knothe-Rosenblatt map from noise to data, place by place or all places at once.
+
+With :math:`F_t` the distribution functions of the conditionals and :math:`z` standard normal noise,
+
+.. math:: x_t = F_t^{-1}\big(\Phi(z_t) \mid x_{<t}\big), \qquad t = 1, \dots, T .
+
+===============  =========================================  =================================================
+method           network work                               for
+===============  =========================================  =================================================
+``"cached"``     ``T`` steps that reuse what is known       networks with ``begin`` and ``step``
+``"jacobi"``     full passes over all places until nothing  networks without; discrete entries on accelerators
+                 changes, at most ``T``
+``"sequential"`` ``T`` full passes, one place of each       comparison
+===============  =========================================  =================================================
+
+All three find the same fixed point. Jacobi and sequential runs make the same passes, and agree bit for bit; cached
+runs sum in another order, so that continuous entries agree to rounding and discrete ones unless the noise lies within
+rounding of a step.
+
+Reference:
+    Y. Song, C. Meng, R. Liao, S. Ermon, Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving,
+    2021, arXiv:2002.03629.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..foundation.causal import CausalNetwork
+from .sequences import finish
+
+if TYPE_CHECKING:
+    from .autoregressive import Autoregressive
+    from .conditionals import Conditional
+
+__all__ = ["METHODS", "Walk", "solve"]
+
+METHODS = ("auto", "cached", "jacobi", "sequential")
+
+
+def solve(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
+    """Rows of noise to rows of entries, without gradient.
+
+    Arguments:
+        model: has one order.
+        z: ``(rows, T)``.
+        c: rows of context or ``None``.
+        method: one of :data:`METHODS`.
+    """
+    z = z.detach()
+    if method == "auto":
+        method = "cached" if type(model.network).step is not CausalNetwork.step else "jacobi"
+    with torch.no_grad():
+        if method == "cached":
+            return _walk(model, z, c)
+        return _passes(model, z, c, one_by_one=method == "sequential")
+
+
+def _walk(model: Autoregressive, z: Tensor, c: Tensor | None) -> Tensor:
+    walk = Walk(model, z, c)
+    for v in walk.places:
+        walk.put(walk.head.quantile(walk.parameters(), z[:, v]))
+        if walk.all_ended():
+            break
+    return walk.values()
+
+
+def _passes(model: Autoregressive, z: Tensor, c: Tensor | None, one_by_one: bool) -> Tensor:
+    """Full passes; after ``n`` of them the first ``n`` places are right, with luck many more."""
+    x = torch.zeros_like(z)
+    for v in model.order.tolist():
+        new = model.conditional.quantile(model.parameters_of(x, c), z).to(z.dtype)
+        if model.eos is not None:
+            new = finish(new, model.eos, model.pad)
+        if one_by_one:
+            new = torch.where(torch.arange(z.shape[1], device=z.device) == v, new, x)
+        elif not in_functorch(z) and torch.equal(new, x):
+            break
+        x = new
+    return x
+
+
+def in_functorch(x: Tensor) -> bool:
+    """Whether a tensor is seen through ``torch.vmap`` or ``torch.func``, where no branch may depend on its values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+class Walk:
+    """A batch of rows on its way through the places of one order.
+
+    Arguments:
+        model: has one order.
+        like: ``(rows, T)``, tells number, dtype and device of the rows.
+        c: rows of context or ``None``.
+
+    Attributes:
+        places: the variables in their order.
+        position: number of entries put so far.
+    """
+
+    def __init__(self, model: Autoregressive, like: Tensor, c: Tensor | None) -> None:
+        self.model, self.position, self.places = model, 0, model.order.tolist()
+        self._c = c
+        if c is not None:  # buffers are batched under vmap if either is
+            like = torch.zeros_like(like) + torch.zeros_like(c[:, :1])
+        self._x = like.new_zeros(like.shape)
+        self._entry: Tensor | None = None
+        self._cache = model.network.begin(len(like), c, like, model.network_order)
+
+    @property
+    def head(self) -> Conditional:
+        """The conditional of the next entry."""
+        return self.model.conditional.head_of(self.places[self.position])
+
+    def parameters(self) -> Tensor:
+        """Parameters of the next entry, ``(rows, size)``."""
+        theta = self.model.network.step(self._cache, self._entry)[..., : self.head.size]
+        return theta if self.model.temperature == 1 else self.head.tempered(theta, self.model.temperature)
+
+    def put(self, x: Tensor) -> None:
+        """Set the next entry, ``(rows,)``."""
+        v = self.places[self.position]
+        if self.model.eos is not None:
+            x = torch.where(self.has_ended(), self.model.pad, x)
+        self._x[:, v] = x.to(self._x.dtype)
+        self._entry = self.model.entry_of(self._x[:, v], v)
+        self.position += 1
+
+    def has_ended(self) -> Tensor:
+        """Which rows are sequences that have ended, ``(rows,)``."""
+        if self.model.eos is None:
+            return torch.zeros(len(self._x), dtype=torch.bool, device=self._x.device)
+        return (self._x[:, : self.position] == self.model.eos).any(-1)
+
+    def all_ended(self) -> bool:
+        """Whether all rows are sequences that have ended; the rest of them is then padded."""
+        if self.model.eos is None or in_functorch(self._x) or not bool(self.has_ended().all()):
+            return False
+        self._x[:, self.position :] = self.model.pad
+        return True
+
+    def values(self) -> Tensor:
+        """Entries put so far, ``(rows, T)``, zeros elsewhere."""
+        return self._x
+
+    def fork(self, index: Tensor) -> Walk:
+        """Rows by number, with repetition: a walk of its own that stands where this one stands."""
+        new = object.__new__(Walk)
+        new.__dict__.update(self.__dict__)
+        new._x = self._x[index]
+        new._c = None if self._c is None else self._c[index]
+        new._entry = None if self._entry is None else self._entry[index]
+        new._cache = self._cache.select(index)
+        return new

@@ -1,0 +1,189 @@
+r"""Masked networks: all conditionals of an autoregressive law in one pass of a perceptron.
+
+A hidden unit of degree :math:`m` sees the entries at places :math:`< m` of the order and the context, and the
+parameters of place :math:`t` see units of degree :math:`\le t`. With :math:`e` the embedded entries,
+
+.. math::
+    h^1 = a(M^1 \odot W^1 e + U c + b^1), \qquad h^{l+1} = h^l + a(M^l \odot W^l h^l + b^l), \qquad
+    \theta_t = (M^o \odot W^o_t) h^L + (M^s \odot S_t) e + V_t c + b_t .
+
+Degrees rise along the hidden layer, :math:`m_j = \lfloor j T / H \rfloor`, so that the units which place :math:`t` adds
+are one slice. Sampling computes each slice once: all :math:`T` steps together cost one pass.
+
+Weights belong to variables, masks to places. An order permutes the variables, so one set of weights serves any number
+of orders.
+
+Reference:
+    M. Germain, K. Gregor, I. Murray, H. Larochelle, MADE: Masked Autoencoder for Distribution Estimation, 2015,
+    arXiv:1502.03509.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .causal import Cache, CausalNetwork
+
+__all__ = ["MADE"]
+
+
+class _Weights(NamedTuple):
+    """The weights of one order, masked; places instead of variables."""
+
+    first: Tensor
+    hidden: tuple[Tensor, ...]
+    output: Tensor
+    skip: Tensor | None
+    bias: Tensor
+
+
+class MADE(CausalNetwork):
+    """A masked residual perceptron.
+
+    Arguments:
+        length: number of entries ``T``.
+        outputs: parameters per entry.
+        inputs: width of an embedded entry.
+        context_features: width of the context.
+        width: units of a hidden layer.
+        layers: number of hidden layers.
+        dropout: probability that a hidden unit's addition is dropped in training.
+        skip: connect entries to outputs directly; ``None`` does so up to four million weights.
+
+    Shape:
+        entries ``(rows, T, inputs)``, context ``(rows, context_features)``, result ``(rows, T, outputs)``.
+
+    Example:
+        >>> network = MADE(3, outputs=2)
+        >>> entries = torch.randn(5, 3, 1)
+        >>> changed = entries.clone()
+        >>> changed[:, 1:] = 7.0
+        >>> network(entries).shape, torch.equal(network(entries)[:, :2], network(changed)[:, :2])
+        (torch.Size([5, 3, 2]), True)
+    """
+
+    MOST_SKIPS = 2**22
+
+    def __init__(
+        self,
+        length: int,
+        outputs: int,
+        inputs: int = 1,
+        *,
+        context_features: int = 0,
+        width: int = 256,
+        layers: int = 2,
+        dropout: float = 0.0,
+        skip: bool | None = None,
+    ) -> None:
+        super().__init__(length, outputs, inputs=inputs, context_features=context_features)
+        self.width, self.layers = width, layers
+        degrees = torch.arange(width) * length // width
+        places = torch.arange(length)
+        self.first = nn.Parameter(_uniform((width, length, inputs), length * inputs))
+        self.first_bias = nn.Parameter(torch.zeros(width))
+        self.hidden = nn.ParameterList(_uniform((width, width), width) for _ in range(layers - 1))
+        self.hidden_bias = nn.ParameterList(torch.zeros(width) for _ in range(layers - 1))
+        self.output = nn.Parameter(_uniform((length, outputs, width), width))
+        self.bias = nn.Parameter(torch.zeros(length, outputs))
+        if skip is None:
+            skip = length**2 * outputs * inputs <= self.MOST_SKIPS
+        self.skip = nn.Parameter(torch.zeros(length, outputs, length, inputs)) if skip and length > 1 else None
+        if context_features:
+            self.context = nn.Linear(context_features, width)
+            self.context_output = nn.Parameter(_uniform((length, outputs, context_features), context_features))
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("first_mask", (places < degrees[:, None])[..., None], persistent=False)
+        self.register_buffer("hidden_mask", degrees <= degrees[:, None], persistent=False)
+        self.register_buffer("output_mask", (degrees <= places[:, None])[:, None], persistent=False)
+        self.register_buffer("skip_mask", (places < places[:, None])[:, None, :, None], persistent=False)
+        self.ends = [0, *(math.ceil((t + 1) * width / length) for t in range(length))]
+
+    def start_at(self, bias: Sequence[float]) -> bool:
+        with torch.no_grad():
+            self.bias.copy_(torch.as_tensor(bias, dtype=self.bias.dtype).expand_as(self.bias))
+            self.output.mul_(0.01)
+            if self.skip is not None:
+                self.skip.zero_()
+            if self.context_features:
+                self.context_output.mul_(0.01)
+        return True
+
+    def _weights(self, order: Tensor | None) -> _Weights:
+        first, output, skip, bias = self.first, self.output, self.skip, self.bias
+        if order is not None:
+            first, output, bias = first[:, order], output[order], bias[order]
+            skip = None if skip is None else skip[order][:, :, order]
+        return _Weights(
+            (first * self.first_mask).flatten(1),
+            tuple(weight * self.hidden_mask for weight in self.hidden),
+            output * self.output_mask,
+            None if skip is None else (skip * self.skip_mask).flatten(2),
+            bias,
+        )
+
+    def _context_parts(self, context: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What a context adds to the first layer and to the parameters of each place."""
+        if context is None:
+            return None, None
+        weight = self.context_output if order is None else self.context_output[order]
+        return self.context(context), F.linear(context, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+
+    def forward(self, entries: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        weights = self._weights(order)
+        self.check(len(entries), context, order, entries)
+        to_first, to_output = self._context_parts(context, order)
+        entries = entries.flatten(1)
+        h = F.linear(entries, weights.first, self.first_bias)
+        h = self.dropout(F.silu(h if to_first is None else h + to_first))
+        for weight, bias in zip(weights.hidden, self.hidden_bias, strict=True):
+            h = h + self.dropout(F.silu(F.linear(h, weight, bias)))
+        result = F.linear(h, weights.output.flatten(0, 1), weights.bias.flatten())
+        if weights.skip is not None:
+            result = result + F.linear(entries, weights.skip.flatten(0, 1))
+        result = result.unflatten(-1, (self.length, self.outputs))
+        return result if to_output is None else result + to_output
+
+    # -- one place at a time -------------------------------------------------------------------------------------
+
+    def begin(self, rows: int, context: Tensor | None, like: Tensor, order: Tensor | None = None) -> Cache:
+        self.check(rows, context, order)
+        to_first, to_output = self._context_parts(context, order)
+        buffers = [like.new_zeros(rows, self.length * self.inputs)]
+        buffers += [like.new_zeros(rows, self.width) for _ in range(self.layers)]
+        context_parts = [] if to_first is None or to_output is None else [to_first, to_output]
+        return Cache(0, [*buffers, *context_parts], tuple(self._weights(order)))
+
+    def step(self, cache: Cache, entry: Tensor | None) -> Tensor:
+        self.check_step(cache, entry)
+        weights, t = _Weights(*cache.shared), cache.position
+        entries, hidden = cache.rows[0], cache.rows[1 : self.layers + 1]
+        to_first, to_output = cache.rows[self.layers + 1 :] or (None, None)
+        seen = t * self.inputs
+        if entry is not None:
+            entries[:, seen - self.inputs : seen] = entry
+        start, end = self.ends[t], self.ends[t + 1]
+        if end > start:
+            h = F.linear(entries[:, :seen], weights.first[start:end, :seen], self.first_bias[start:end])
+            h = F.silu(h if to_first is None else h + to_first[:, start:end])
+            hidden[0][:, start:end] = h
+            for layer, (weight, bias) in enumerate(zip(weights.hidden, self.hidden_bias, strict=True)):
+                h = h + F.silu(F.linear(hidden[layer][:, :end], weight[start:end, :end], bias[start:end]))
+                hidden[layer + 1][:, start:end] = h
+        result = F.linear(hidden[-1][:, :end], weights.output[t, :, :end], weights.bias[t])
+        if weights.skip is not None and t:
+            result = result + F.linear(entries[:, :seen], weights.skip[t, :, :seen])
+        cache.position = t + 1
+        return result if to_output is None else result + to_output[:, t]
+
+
+def _uniform(shape: tuple[int, ...], inputs: int) -> Tensor:
+    """Torch's initial weights of a linear layer."""
+    bound = 1 / math.sqrt(max(inputs, 1))
+    return torch.empty(shape).uniform_(-bound, bound)
