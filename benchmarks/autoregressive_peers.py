@@ -5,8 +5,8 @@
 
 The shape is that of GPT-2 small (124 million parameters) with random weights: nothing is downloaded, and the time does
 not depend on them. First the logits of both must agree at every place, in one pass and by steps from the cache. Then
-both draw `tokens` new tokens for `rows` sequences that begin with token 50256, from the whole vocabulary, in turns in one
-process. Hugging Face's is `generate(do_sample=True, use_cache=True, top_k=0)` without an end token, so that neither
+both draw `tokens` new tokens for `rows` sequences that begin with token 50256, from the whole vocabulary, in turns in
+one process. Hugging Face's is `generate(do_sample=True, use_cache=True, top_k=0)` without an end token, so that neither
 stops early; ours is a loop of `step` and an inverse distribution function. `--parts` times what one of our steps is
 made of.
 """
@@ -106,10 +106,19 @@ def check(theirs: nn.Module, ours: Transformer) -> tuple[float, float]:
     return differences[0], differences[1]
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def taken(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of the processor, which count less of what else the machine does."""
+    start, used = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def report(times: dict[str, list[tuple[float, float]]], what: str) -> None:
+    for i, clock in enumerate(("clock", "processor")):
+        medians = {name: statistics.median(pair[i] for pair in pairs) for name, pairs in times.items()}
+        for name, pairs in times.items():
+            print(f"{clock:>10} {name:>7}: median {medians[name]:.2f} s of {[round(pair[i], 2) for pair in pairs]}")
+        print(f"{what}, {clock}: theirs / ours = {medians['theirs'] / medians['ours']:.2f}")
 
 
 @torch.inference_mode()
@@ -121,21 +130,16 @@ def parts(network: Transformer, rows: int) -> dict[str, float]:
     q = torch.randn(rows, network.heads, 1, width // network.heads)
     logits, uniform = network.head(h), torch.rand(rows, 1)
 
-    def blocks(run: Callable[[nn.Module], object]) -> Callable[[], None]:
-        return lambda: [run(block) for block in network.blocks] and None
-
+    keys, values = cache.rows[0][:, :, :half], cache.rows[1][:, :, :half]
     runs = {
-        "weights of the blocks": blocks(lambda b: (b.collect(h), b.mix(h), b.up(h), b.down(hidden))),
-        "attention": blocks(
-            lambda b: functional.scaled_dot_product_attention(q, cache.rows[0][:, :, :half], cache.rows[1][:, :, :half])
-        ),
-        "normalisation and GELU": blocks(
-            lambda b: (b.norm_attention(h), b.norm_network(h), functional.gelu(hidden, approximate="tanh"))
-        ),
+        "weights of the blocks": lambda: [(b.collect(h), b.mix(h), b.up(h), b.down(hidden)) for b in network.blocks],
+        "attention": lambda: [functional.scaled_dot_product_attention(q, keys, values) for _ in network.blocks],
+        "norms": lambda: [(b.norm_attention(h), b.norm_network(h)) for b in network.blocks],
+        "gelu": lambda: [functional.gelu(hidden, approximate="tanh") for _ in network.blocks],
         "logits": lambda: network.head(h),
         "draw": lambda: token(logits, uniform),
     }
-    return {name: 1e3 * statistics.median(seconds(run) for _ in range(9)) for name, run in runs.items()}
+    return {name: 1e3 * statistics.median(taken(run)[0] for _ in range(9)) for name, run in runs.items()}
 
 
 def main() -> None:
@@ -156,14 +160,12 @@ def main() -> None:
     ours, rows, tokens = copied(theirs, arguments.tokens), arguments.rows, arguments.tokens
     print("largest difference of logits: pass {:.1e}, steps {:.1e}".format(*check(theirs, ours)))
     drawn(ours, rows), generated(theirs, rows, min(tokens, 4))
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
+    runs = {"theirs": lambda: generated(theirs, rows, tokens), "ours": lambda: drawn(ours, rows)}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(arguments.repeats):
-        times["theirs"].append(seconds(lambda: generated(theirs, rows, tokens)))
-        times["ours"].append(seconds(lambda: drawn(ours, rows)))
-    for name, values in times.items():
-        print(f"{name:>6}: median {statistics.median(values):.2f} s of {[round(value, 2) for value in values]}")
-    ratio = statistics.median(times["theirs"]) / statistics.median(times["ours"])
-    print(f"{rows} rows, {tokens} tokens, {torch.get_num_threads()} threads: theirs / ours = {ratio:.2f}")
+        for name, run in runs.items():
+            times[name].append(taken(run))
+    report(times, f"{rows} rows, {tokens} tokens, {torch.get_num_threads()} threads")
     if arguments.parts:
         for name, value in parts(ours, rows).items():
             print(f"{name:>24}: {value:.1f} ms")

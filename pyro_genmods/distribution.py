@@ -179,6 +179,8 @@ class GenerativeDistribution(TorchDistribution):
 
     def score(self, x: Tensor) -> Tensor:
         r"""Gradient :math:`\nabla_x \log p(x)`, shape ``(*broadcast(lead, batch_shape), *event_shape)``."""
+        if self.support.is_discrete:
+            raise DensityError(f"{self} has discrete values, and no gradient with respect to them; take differences.")
         create_graph = torch.is_grad_enabled()
         lead, _, _ = self._rows(x, self.event_shape)
         x = x.expand(_broadcast("value", lead, self.batch_shape) + self.event_shape)
@@ -197,7 +199,7 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(event_shape)
         if split < 0 or value.shape[split:] != event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(event_shape)}).")
-        if self.is_discrete:
+        if self.model.takes_any_dtype:
             value = value.to(torch.promote_types(self.model.place[0], torch.float32))  # bfloat16 has no 257
         lead = Size(value.shape[:split])  # a tuple where Pyro tracks provenance
         if self.context is None:
@@ -214,11 +216,6 @@ class GenerativeDistribution(TorchDistribution):
     def _context_rows(self, lead: Size) -> Tensor:
         c = self.context.expand(lead + self.model.context_shape).reshape(lead.numel(), -1)
         return self.model.context_standardization(c)
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether all values are discrete, for which any real dtype will do."""
-        return bool(self.model.support.is_discrete)
 
     def _as_values(self, x: Tensor) -> Tensor:
         return x if self.model.value_dtype is None else x.to(self.model.value_dtype)
@@ -246,8 +243,7 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(self.event_shape)
         if split < 0 or value.shape[split:] != self.event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(self.event_shape)}).")
-        if not self.is_discrete:
-            _check_place("value", value, self.model)
+        _check_place("value", value, self.model, self.model.takes_any_dtype)
         finite = torch._is_all_true(value.isfinite())
         if finite and self.model.coordinates.identity and not self.model.coordinates.native:
             return True
@@ -261,9 +257,9 @@ class GenerativeDistribution(TorchDistribution):
         return bool(finite)
 
 
-def _check_place(name: str, value: Tensor, model: Mechanism) -> None:
+def _check_place(name: str, value: Tensor, model: Mechanism, any_dtype: bool = False) -> None:
     dtype, device = model.place
-    if value.dtype == dtype and value.device == device:
+    if (value.dtype == dtype or (any_dtype and not value.is_complex())) and value.device == device:
         return
     raise PlacementError(
         f"{name}: got {value.dtype} on {value.device}, the model has {dtype} on {device}; cast it with "

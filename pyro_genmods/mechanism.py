@@ -141,6 +141,11 @@ class Mechanism(nn.Module, ABC):
         shift = self.coordinates.standardization.shift
         return shift.dtype, shift.device
 
+    @property
+    def takes_any_dtype(self) -> bool:
+        """Whether all values are discrete, so that integers and floating point numbers mean the same."""
+        return False
+
     @cached_property
     def slow_direction(self) -> str | None:
         """The direction not to be run in a loop, see :attr:`Cost.slow_direction`."""

@@ -8,18 +8,32 @@ A row is a constructor and the facts that the constructor promises; the battery 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.transforms import identity_transform
 
 import pyro_genmods as gm
 from pyro_genmods.coordinates import circular
+from pyro_genmods.factorize import (
+    Bernoulli,
+    Categorical,
+    Conditional,
+    DiscretizedLogisticMixture,
+    GaussianMixture,
+    LogisticMixture,
+    Mixed,
+    Spline,
+    StudentMixture,
+)
+from pyro_genmods.factorize.sequences import Columns, Sequences
 
 import zuko  # isort: skip  (the package puts right what importing zuko changes)
 
@@ -39,12 +53,18 @@ class Law:
         event_shape: shape of an event.
         density: promised honesty of ``log_prob``.
         transport: whether there are ``base``, ``push`` and ``pull``.
-        networks: name of the submodules whose calls are the declared cost.
+        networks: name of the submodules whose calls are the declared cost; of one that has ``step``, those count too.
         adaptive: whether a solver decides the cost, and the rows of a batch share its steps.
         tolerance: of a log density in float32, in nats.
         exactness: of a log density in float64: rounding, or the tolerance of a quadrature or solver.
         standardized: whether shift and scale are those of made-up data.
         costly: whether thousands of draws take seconds.
+        levels: number of values of each entry, 0 for a continuous one; empty where all are continuous.
+        eos: token that ends a sequence, where events have variable length.
+        integer: whether values are ``int64``.
+        sequential: whether there are ``steps()``, and uniform residuals.
+        chart: bijection onto the support from where quadrature and differentiation are done; default torch's own.
+        core: whether the expensive laws of the battery are asked of it in the fast half, or in the slow half alone.
     """
 
     id: str
@@ -61,6 +81,38 @@ class Law:
     exactness: float = 1e-6
     standardized: bool = False
     costly: bool = False
+    levels: tuple[int, ...] = ()
+    eos: int | None = None
+    integer: bool = False
+    sequential: bool = False
+    chart: Transform | None = None
+    core: bool = True
+
+    @property
+    def discrete(self) -> bool:
+        """Whether any entry is: then there is no ``rsample``, no ``pull``, no ``score`` and no bijection."""
+        return any(self.levels)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether values can be pulled back to the noise they came from."""
+        return self.transport and not self.discrete
+
+    @property
+    def features(self) -> int:
+        """Number of columns of a row: of entries, or of unconstrained coordinates."""
+        shape = torch.Size(self.event_shape)
+        return (shape if self.discrete else torch.Size(biject_to(self.support).inverse_shape(shape))).numel()
+
+    @property
+    def events(self) -> int:
+        """Number of different events, 0 if there are infinitely many."""
+        if not self.levels or not all(self.levels):
+            return 0
+        if self.eos is None:
+            return math.prod(self.levels)
+        others, length = self.levels[0] - 1, len(self.levels)
+        return sum(others**t for t in range(length)) + others**length
 
     def make(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> gm.GenerativeModel:
         """A model of its own, the same every time; ODEs are solved more tightly in double precision."""
@@ -77,8 +129,17 @@ class Law:
 
     def data(self, n: int) -> Tensor:
         """Made-up events inside the support, off centre and not of unit scale."""
+        if self.levels:
+            columns = [torch.randint(k, (n,)).float() if k else 1.0 + 0.5 * torch.randn(n) for k in self.levels]
+            return torch.stack(columns, -1)
         unconstrained = biject_to(self.support).inverse_shape(torch.Size((n, *self.event_shape)))
         return biject_to(self.support)(1.0 + 0.5 * torch.randn(unconstrained))
+
+    def bijection(self, d: gm.GenerativeDistribution) -> Transform:
+        """From where quadrature and differentiation are done, onto the support; circles are flat already."""
+        if self.support is circular:
+            return identity_transform
+        return biject_to(d.support) if self.chart is None else self.chart
 
     def contexts(self, *batch: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Contexts ``(*batch, context)``, all different, or ``None`` for an unconditional model."""
@@ -129,6 +190,98 @@ def flow(
     return Law(name, build, context=context, direction=direction, **facts)
 
 
+class Sinh(Transform):
+    """A chart of the line in which heavy tails are as short as light ones are without it."""
+
+    domain = codomain = constraints.real
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sinh)
+
+    def __hash__(self) -> int:
+        return hash(Sinh)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.sinh()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.asinh()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.cosh().log()
+
+
+class Own(nn.Module):
+    """A user's causal network: sums of functions of the entries before."""
+
+    def __init__(self, length: int, inputs: int, outputs: int, context: int = 0) -> None:
+        super().__init__()
+        self.seen, self.told = nn.Linear(inputs, 4), nn.Linear(context, 4) if context else None
+        self.out = nn.Parameter(torch.zeros(length, outputs, 4))
+
+    def forward(self, entries: Tensor, context: Tensor | None = None) -> Tensor:
+        past = nn.functional.pad(self.seen(entries).tanh()[:, :-1].cumsum(1), (0, 0, 1, 0)) + 1.0
+        if self.told is not None:
+            past = past + self.told(context).tanh()[:, None]
+        return torch.einsum("rth,toh->rto", past, self.out)
+
+
+def autoregressive(
+    name: str,
+    conditional: Conditional,
+    network: str | Callable[[], nn.Module] = "made",
+    *,
+    features: int | tuple[int, ...] = 2,
+    context: int = 0,
+    support: constraints.Constraint | None = None,
+    roughness: float = 0.3,
+    facts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Law:
+    """A row of ``gm.Autoregressive`` whose network's parameters are moved by ``roughness`` standard normal draws."""
+
+    def build() -> gm.Autoregressive:
+        made = network if isinstance(network, str) else network()
+        options = {} if isinstance(made, nn.Module) else SIZES[made]
+        model = gm.Autoregressive(
+            features, conditional, made, context_features=context, support=support, **options, **kwargs
+        )
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.add_(roughness * torch.randn_like(parameter))
+        return model
+
+    shape = (features,) if isinstance(features, int) else features
+    promised = {"support": support or REAL, "event_shape": shape, "networks": "network", "sequential": True}
+    return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
+def grid() -> Iterator[Law]:
+    """Every head with every network, without and with context; every third of them in the core of the battery."""
+    number = 0
+    for shift, network in enumerate(SIZES):
+        for head, (conditional, facts) in HEADS.items():
+            for context in (0, 2):
+                name = f"{head}-{network}{'-context' if context else ''}"
+                own = {"core": (number + shift) % 3 == 0, **facts}
+                if isinstance(conditional, Mixed) and context:
+                    own["standardized"] = True
+                number += 1
+                size = len(facts.get("levels", (0, 0)))
+                yield autoregressive(name, conditional, network, features=size, context=context, facts=own)
+    for shift, network in enumerate(SIZES):
+        for context in (0, 2):
+            for pad in (None, 3):
+                name = f"sequences-{network}{'-context' if context else ''}{'' if pad is None else '-pad'}"
+                facts = {"support": Sequences(3, 0, pad or 0), "levels": (3, 3, 3), "eos": 0, "integer": True}
+                facts["core"] = (number + shift) % 3 == 0
+                number += 1
+                yield autoregressive(
+                    name, Categorical(3), network, features=3, context=context, eos=0, pad=pad, facts=facts
+                )
+
+
 def _small_gf(features: int, context: int = 0) -> torch.nn.Module:
     """A Gaussianization flow near the identity; a fresh one saturates, and is refused (see test_flow.py)."""
     network = zuko.flows.GF(features, context=context, transforms=2, components=4, **(HIDDEN if context else {}))
@@ -155,6 +308,32 @@ COSTLY: dict[str, Any] = {"costly": True, **SOLVED}
 INTEGRAL: dict[str, Any] = {"exactness": 1e-4, **COSTLY}
 ON_CIRCLE: dict[str, Any] = {"support": circular}
 MIXTURE: dict[str, Any] = {"transport": False}
+
+ORDERS: dict[str, Any] = {"transport": False, "sequential": False}
+SIZES: dict[str, dict[str, Any]] = {
+    "made": {"width": 8},
+    "transformer": {"width": 8, "heads": 2, "layers": 1},
+    "gru": {"width": 8},
+}
+OF_TOKENS: dict[str, Any] = {"integer": True, "levels": (3, 3), "support": constraints.integer_interval(0, 2)}
+OF_COLUMNS: dict[str, Any] = {
+    "levels": (0, 3, 0),
+    "support": Columns((REAL, constraints.integer_interval(0, 2), REAL)),
+}
+HEADS: dict[str, tuple[Conditional, dict[str, Any]]] = {
+    "bernoulli": (Bernoulli(), {"levels": (2, 2, 2), "support": constraints.boolean}),
+    "categorical": (Categorical(3), OF_TOKENS),
+    "gaussian": (GaussianMixture(2), {}),
+    "logistic": (LogisticMixture(2), {}),
+    "student": (StudentMixture(2), {"chart": Sinh()}),
+    "discretized": (
+        DiscretizedLogisticMixture(4, 2),
+        {"levels": (4, 4), "support": constraints.integer_interval(0, 3)},
+    ),
+    "spline": (Spline(4), {}),
+    "columns": (Mixed((GaussianMixture(2), Categorical(3), Spline(4))), OF_COLUMNS),
+    "real-columns": (Mixed((LogisticMixture(2), Spline(4))), {}),
+}
 
 LAWS: tuple[Law, ...] = (
     flow("nsf", F.NSF, **SPLINE),
@@ -213,6 +392,55 @@ LAWS: tuple[Law, ...] = (
     flow("gmm", zuko.mixtures.GMM, components=3, roughness=0.0, facts=MIXTURE),
     flow("gmm-context", zuko.mixtures.GMM, context=2, components=3, facts=MIXTURE, **HIDDEN),
     flow("gmm-positive", zuko.mixtures.GMM, support=constraints.positive, roughness=0.0, facts=MIXTURE),
+    *grid(),
+    autoregressive("ordered", GaussianMixture(2), order=[1, 0]),
+    autoregressive(
+        "ordered-columns-gru-context",
+        *HEADS["columns"][:1],
+        "gru",
+        features=3,
+        context=2,
+        order=[2, 0, 1],
+        facts=OF_COLUMNS,
+    ),
+    autoregressive("ordered-tokens-transformer", Categorical(3), "transformer", order=[1, 0], facts=OF_TOKENS),
+    autoregressive("orders", LogisticMixture(2), orders=2, facts=ORDERS),
+    autoregressive("orders-gru-context", GaussianMixture(2), "gru", context=2, orders=2, facts=ORDERS),
+    autoregressive(
+        "orders-tokens-transformer-context",
+        Categorical(3),
+        "transformer",
+        context=2,
+        orders=2,
+        facts={**ORDERS, **OF_TOKENS},
+    ),
+    autoregressive("orderless", GaussianMixture(2), orderless=True),
+    autoregressive(
+        "orderless-transformer-context",
+        LogisticMixture(2),
+        "transformer",
+        context=2,
+        orderless=True,
+        facts={"core": False},
+    ),
+    autoregressive("orderless-tokens-gru", Categorical(3), "gru", orderless=True, facts={"core": False, **OF_TOKENS}),
+    autoregressive(
+        "autoregressive-positive", GaussianMixture(2), support=constraints.positive, facts={"standardized": True}
+    ),
+    autoregressive(
+        "autoregressive-matrix-context",
+        GaussianMixture(2),
+        features=(2, 2),
+        context=2,
+        roughness=0.15,
+        facts={"standardized": True},
+    ),
+    autoregressive("autoregressive-matrix-gru", Spline(4), "gru", features=(2, 2), facts={"core": False}),
+    autoregressive(
+        "bits-matrix", Bernoulli(), features=(2, 2), facts={"levels": (2, 2, 2, 2), "support": constraints.boolean}
+    ),
+    autoregressive("own-network", GaussianMixture(2), lambda: Own(2, 1, 6)),
+    autoregressive("own-network-context", LogisticMixture(2), lambda: Own(3, 1, 6, 2), features=3, context=2),
 )
 
 

@@ -318,7 +318,7 @@ def test_it_learns_a_copying_law(name):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert float(loss) < 0.2
+    assert loss.item() < 0.2
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

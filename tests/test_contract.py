@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import math
 
 import pyro
@@ -16,11 +17,11 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Size, Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import identity_transform
 
 import pyro_genmods as gm
 from pyro_genmods.coordinates import circular
-from pyro_genmods.foundation.errors import DensityError
+from pyro_genmods.factorize import Conditional
+from pyro_genmods.foundation.errors import DensityError, ModelError, SupportError
 
 from .laws import LAWS, Law, rows, shared, zuko
 from .statistics import assert_counts, assert_mean, assert_uniform
@@ -35,14 +36,9 @@ def every_subclass(cls: type) -> set[type]:
     return {sub for sub in found if not inspect.isabstract(sub)}
 
 
-def unconstrain(law: Law, d: gm.GenerativeDistribution) -> torch.distributions.Transform:
-    """The bijection onto the support from where quadrature and differentiation are done; circles are flat already."""
-    return identity_transform if law.support is circular else biject_to(d.support)
-
-
 def log_density(law: Law, d: gm.GenerativeDistribution, u: Tensor) -> Tensor:
     """Log density in unconstrained coordinates ``u``, by torch's own bijection and its Jacobian."""
-    bijection = unconstrain(law, d)
+    bijection = law.bijection(d)
     x = bijection(u)
     volume = bijection.log_abs_det_jacobian(u, x).reshape(*u.shape[: u.dim() - len(d.event_shape)], -1).sum(-1)
     return d.log_prob(x) + volume
@@ -68,9 +64,23 @@ def test_every_zuko_flow_is_in_the_table():
     assert flows == {type(shared(law).flow) for law in LAWS if isinstance(shared(law), gm.Flow)}
 
 
+def test_every_head_and_network_is_in_the_table():
+    heads = {cls for cls in vars(gm.factorize).values() if inspect.isclass(cls) and issubclass(cls, Conditional)}
+    heads = {cls for cls in heads if not inspect.isabstract(cls)}
+    models = [shared(law) for law in LAWS if isinstance(shared(law), gm.Autoregressive)]
+
+    def networks(model: gm.Autoregressive) -> set[str]:
+        kinds = {type(module) for module in model.modules()}
+        return {name for name, kind in gm.Autoregressive.NETWORKS.items() if kind in kinds}
+
+    found = {(type(m.conditional), name, bool(m.context_shape)) for m in models for name in networks(m)}
+    assert found == set(itertools.product(heads, gm.Autoregressive.NETWORKS, [False, True]))
+
+
 @rows()
 def test_a_row_keeps_its_promises(law):
     model, d = shared(law), law.distribution()
+    assert model.features == law.features
     assert model.density is d.density is law.density
     assert tuple(model.event_shape) == law.event_shape
     assert tuple(model.context_shape) == ((law.context,) if law.context else ())
@@ -80,10 +90,17 @@ def test_a_row_keeps_its_promises(law):
     else:
         with pytest.raises(DensityError, match="sample"):
             d.push(torch.zeros(model.noise_shape))
+    if not law.invertible:
         with pytest.raises(DensityError):
             d.pull(d.sample())
-    with pytest.raises(DensityError, match="sequential"):
-        d.steps(3)
+    if not law.sequential:
+        with pytest.raises(DensityError, match=r"sequential|orders"):
+            d.steps(3)
+    assert d.support.is_discrete is law.discrete and model.has_rsample is law.invertible
+    if not law.events:
+        assert not d.has_enumerate_support
+        with pytest.raises((DensityError, NotImplementedError)):
+            d.enumerate_support()
 
 
 # -- the Pyro contract ------------------------------------------------------------------------------------------------
@@ -109,6 +126,10 @@ def test_support(law):
     assert d.support.event_dim == len(law.event_shape)
     x = d.sample((200,))
     assert d.support.check(x).all() and d.support.check(x).shape == (200, 3)
+    if law.discrete:
+        with pytest.raises(NotImplementedError):
+            biject_to(d.support)
+        return
     to_support = biject_to(d.support)
     assert d.support.check(to_support(torch.randn(to_support.inverse_shape(x.shape)))).all()
     assert torch.allclose(to_support(to_support.inv(x)), x, rtol=1e-3, atol=1e-3)
@@ -125,7 +146,12 @@ def test_expand(law):
     wider = d.expand([2, 3]).expand([4, 2, 3]).expand([4, 2, 3])
     draws = wider.sample()
     assert draws.shape == (4, 2, 3, *law.event_shape)
-    assert len(draws.reshape(24, -1).unique(dim=0)) == 24, "copies share their draws"
+    if law.events:  # the chance that two copies agree is the sum of the squares of the masses
+        one, two = law.distribution().expand([2]).sample((2000,)).unbind(1)
+        masses = law.distribution().log_prob(law.distribution().enumerate_support()).exp()
+        assert_mean((one == two).flatten(1).all(1), masses.square().sum(), name="copies share their draws")
+    else:
+        assert len(draws.reshape(24, -1).unique(dim=0)) == 24, "copies share their draws"
     assert repr(d) == before and d.batch_shape == (3,) and d.sample().shape == (3, *law.event_shape)
     assert wider.support.event_dim == d.support.event_dim and wider.has_rsample == d.has_rsample
 
@@ -283,7 +309,7 @@ def test_precision_and_place(law, device):
         c = None if context is None else context.to(device, cast)
         d = model(c) if law.context else model().expand([6])
         draws = d.sample((3,))
-        assert draws.dtype is cast and draws.device.type == device.type
+        assert draws.dtype is (torch.int64 if law.integer else cast) and draws.device.type == device.type
         values[name] = d.log_prob(x.to(device, cast)).cpu()
         assert values[name].dtype is cast
     assert torch.equal(values["float"], values["back"])
@@ -357,7 +383,7 @@ def test_resident_memory_does_not_grow(law):
 # -- value, density, transport ----------------------------------------------------------------------------------------
 
 
-@rows(lambda law: law.density is EXACT and shared(law).has_rsample)
+@rows(lambda law: law.density is EXACT and law.invertible)
 def test_value_and_density_together(law):
     for batch in ((), (4,)):
         d = law.distribution(*batch, dtype=DOUBLE)
@@ -367,7 +393,7 @@ def test_value_and_density_together(law):
         assert x.requires_grad and log_prob.requires_grad
 
 
-@rows(lambda law: law.transport)
+@rows(lambda law: law.invertible)
 def test_push_and_pull(law):
     """``push(pull(x)) = x``, and log_prob is the base's minus the autograd log-determinant of the push."""
     d = law.distribution(5, dtype=DOUBLE)
@@ -378,7 +404,7 @@ def test_push_and_pull(law):
     assert torch.allclose(d.push(z), x, rtol=tolerance, atol=tolerance)
     z = z.detach().requires_grad_()
     x, joint = d.push_and_log_prob(z)
-    u = unconstrain(law, d).inv(x)
+    u = law.bijection(d).inv(x)
     flat = u.reshape(5, -1)
     jacobian = [torch.autograd.grad(flat[:, i].sum(), z, retain_graph=True)[0] for i in range(flat.shape[1])]
     log_det = torch.linalg.slogdet(torch.stack(jacobian, 1)).logabsdet
@@ -389,13 +415,13 @@ def test_push_and_pull(law):
     assert wide.shape == (3, 2, 5, *law.event_shape) and torch.allclose(wide[1, 1], x, rtol=tolerance, atol=tolerance)
 
 
-@rows(lambda law: law.density is not gm.Density.IMPLICIT, slow=lambda law: law.adaptive)
+@rows(lambda law: law.density is not gm.Density.IMPLICIT and not law.discrete, slow=lambda law: law.adaptive)
 def test_score_equals_finite_differences(law):
     d = law.distribution(4, dtype=DOUBLE)
     x = d.sample()
     score = d.score(x)
     assert score.shape == x.shape
-    bijection, h = unconstrain(law, d), 1e-2 if law.adaptive else 1e-5
+    bijection, h = law.bijection(d), 1e-2 if law.adaptive else 1e-5
     u = bijection.inv(x)
     direction = torch.randn_like(u)
     ahead, behind = bijection(u + h * direction), bijection(u - h * direction)
@@ -416,7 +442,7 @@ def test_gradients_equal_finite_differences(law):
     model, context = law.make(DOUBLE), law.contexts(4, dtype=DOUBLE)
     x = law.distribution(4, dtype=DOUBLE).sample()
     z = law.distribution(4, dtype=DOUBLE).base.sample()
-    weight = torch.randn_like(x)
+    weight = torch.randn(x.shape, dtype=DOUBLE)
     inputs = [*model.parameters(), *([] if context is None else [context.requires_grad_()])]
     for tensor in inputs:
         tensor.grad = None
@@ -424,7 +450,7 @@ def test_gradients_equal_finite_differences(law):
     def outcome() -> Tensor:
         d = model(context) if law.context else model().expand([4])
         total = d.log_prob(x).sum()
-        if law.transport:
+        if law.invertible:
             pushed, log_prob = d.push_and_log_prob(z)
             total = total + (weight * pushed.sin()).sum() + log_prob.sum() + 0.1 * d.log_prob(pushed).sum()
         return total
@@ -444,18 +470,35 @@ def test_gradients_equal_finite_differences(law):
 
 
 @rows(lambda law: not law.adaptive)
-def test_cost_is_the_number_of_calls(law):
-    model, d = shared(law), law.distribution(4)
-    counted = []
-    modules = [module for name, module in model.named_modules() if name.split(".")[-1] == law.networks]
-    hooks = [module.register_forward_hook(lambda *_: counted.append(1)) for module in modules]
+def test_cost_is_the_number_of_calls(law, monkeypatch):
+    """Of the networks' ``forward``, and of ``step`` where sampling has it; what a step calls itself is one call."""
+    model, d = shared(law), law.distribution(16)
+    counted, inside = [], []
+
+    def counting(method):
+        def call(*args, **kwargs):
+            if not inside:
+                counted.append(1)
+            inside.append(1)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return call
+
+    for name, module in model.named_modules():
+        if name and name.split(".")[-1] == law.networks:
+            for method in ("forward", "step"):
+                if hasattr(module, method):
+                    monkeypatch.setattr(module, method, counting(getattr(module, method)))
 
     def calls(action):
         counted.clear()
         result = action()
         return len(counted), result
 
-    checked = model.slow_direction == "sample"  # a solved draw is mapped back once, to check it
+    checked = model.slow_direction == "sample" and not law.sequential  # a solved draw is mapped back, to check it
     x = d.sample()
     for action in (d.sample, *([d.rsample] if model.has_rsample else [])):
         assert calls(action)[0] == model.cost.sample + (model.cost.score if checked else 0)
@@ -463,8 +506,6 @@ def test_cost_is_the_number_of_calls(law):
         z = d.base.sample()
         assert calls(lambda: d.push(z))[0] == model.cost.sample
     assert calls(lambda: d.log_prob(x))[0] == model.cost.score
-    for hook in hooks:
-        hook.remove()
 
 
 # -- the density is one, and the draws are from it --------------------------------------------------------------------
@@ -492,24 +533,24 @@ def cells(law: Law, d: gm.GenerativeDistribution, u: Tensor, per_axis: int, inne
 
 def event_of(law: Law, d: gm.GenerativeDistribution) -> Size:
     """Event shape in unconstrained coordinates."""
-    return d.event_shape if law.support is circular else biject_to(d.support).inverse_shape(d.event_shape)
+    return Size(law.bijection(d).inverse_shape(d.event_shape))
 
 
-@rows(lambda law: law.density is EXACT and shared(law).features <= 2, slow=lambda law: law.costly)
+@rows(lambda law: law.density is EXACT and law.features <= 2 and not law.discrete, slow=lambda law: law.costly)
 def test_density_integrates_to_one_and_draws_follow_it(law):
     d = law.distribution(dtype=DOUBLE)
-    u = unconstrain(law, d).inv(d.sample((5000,))).reshape(5000, -1)
+    u = law.bijection(d).inv(d.sample((5000,))).reshape(5000, -1)
     probabilities, counts = cells(law, d, u, per_axis=16, inner=12 if u.shape[1] > 1 else 256)
     assert abs(float(probabilities.sum()) - 1) < 2e-3
     assert_counts(counts, probabilities, law.id)
 
 
-@rows(lambda law: law.density is EXACT and shared(law).features > 2)
+@rows(lambda law: law.density is EXACT and law.features > 2 and not law.discrete)
 def test_density_integrates_to_one_and_draws_follow_it_above_two_dimensions(law):
     """Mean of p/q under q, mean of q/p under p, and, where there is noise to pull, its uniformity."""
     d = law.distribution(dtype=DOUBLE)
     x = d.sample((5000,))
-    bijection, shape = unconstrain(law, d), event_of(law, d)
+    bijection, shape = law.bijection(d), event_of(law, d)
     u = bijection.inv(x).reshape(5000, -1)
     covariance = torch.cov(u.T)
     wide = dist.MultivariateStudentT(torch.tensor(4.0, dtype=DOUBLE), u.mean(0), torch.linalg.cholesky(covariance))
@@ -526,7 +567,7 @@ def test_density_integrates_to_one_and_draws_follow_it_above_two_dimensions(law)
         assert_uniform(dist.Normal(torch.zeros((), dtype=DOUBLE), 1.0).cdf(z), law.id)
 
 
-@rows(lambda law: law.transport and law.context > 0, slow=lambda law: law.costly)
+@rows(lambda law: law.invertible and law.context > 0, slow=lambda law: law.costly)
 def test_draws_at_many_contexts_pull_back_to_the_base(law):
     d = law.distribution(2000, dtype=DOUBLE)
     z = d.pull(d.sample()).detach()
@@ -535,17 +576,163 @@ def test_draws_at_many_contexts_pull_back_to_the_base(law):
     assert_uniform(u, law.id)
 
 
+# -- discrete entries -------------------------------------------------------------------------------------------------
+
+
+def codes(events: Tensor, x: Tensor) -> Tensor:
+    """Number of each event ``(n, ...)`` in the list ``(number, ...)`` of all."""
+    same = (x.flatten(1)[:, None] == events.flatten(1)).all(-1)
+    assert (same.sum(1) == 1).all(), "an event that is not in the list, or twice"
+    return same.to(torch.uint8).argmax(1)
+
+
+@rows(lambda law: law.events > 0)
+def test_masses_sum_to_one_and_draws_follow_them(law):
+    for batch in ((), (3,)):
+        d = law.distribution(*batch, dtype=DOUBLE)
+        assert d.has_enumerate_support
+        events = d.enumerate_support()
+        assert events.shape == (law.events, *batch, *law.event_shape)
+        assert events.dtype is d.sample().dtype is (torch.int64 if law.integer else DOUBLE)
+        short = d.enumerate_support(expand=False)
+        assert short.shape == (law.events, *[1] * len(batch), *law.event_shape) and (short == events).all()
+        assert d.support.check(events).all()
+        masses = d.log_prob(events).exp()
+        assert masses.shape == (law.events, *batch)
+        assert torch.allclose(masses.sum(0), torch.ones(batch, dtype=DOUBLE), atol=1e-6)
+        entropy = -(masses * masses.log()).sum(0)
+        assert torch.allclose(d.entropy(), entropy, atol=1e-9)
+        x = d.sample((5000,)).reshape(5000, -1, *law.event_shape)
+        events, masses = events.reshape(law.events, -1, *law.event_shape), masses.reshape(law.events, -1)
+        for i in range(x.shape[1]):
+            counts = torch.bincount(codes(events[:, i], x[:, i]), minlength=law.events)
+            assert_counts(counts, masses[:, i], law.id, x.shape[1])
+
+
+@rows(lambda law: law.discrete and not law.events)
+def test_density_of_columns_integrates_to_one_and_draws_follow_it(law):
+    """A sum over the discrete columns of quadratures over the two continuous ones."""
+    d = law.distribution(dtype=DOUBLE)
+    x = d.sample((5000,))
+    discrete = [t for t, levels in enumerate(law.levels) if levels]
+    smooth = [t for t, levels in enumerate(law.levels) if not levels]
+    low, high = x[:, smooth].amin(0), x[:, smooth].amax(0)
+    low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
+    per_axis, inner = 8, 16
+    n = per_axis * inner
+    middle = (torch.arange(n, dtype=DOUBLE) + 0.5) / n
+    grid = low + (high - low) * torch.cartesian_prod(middle, middle)
+    events = torch.cartesian_prod(*[torch.arange(law.levels[t], dtype=DOUBLE) for t in discrete])
+    index = ((x[:, smooth] - low) / (high - low) * per_axis).floor().long()
+    cell = index[:, 0] * per_axis + index[:, 1]
+    masses, counts = [], []
+    for event in events.reshape(-1, len(discrete)):
+        point = torch.empty(len(grid), len(law.levels), dtype=DOUBLE)
+        point[:, smooth], point[:, discrete] = grid, event
+        with torch.no_grad():
+            mass = d.log_prob(point).exp() * (high - low).prod() / n**2
+        masses.append(mass.reshape(per_axis, inner, per_axis, inner).sum((1, 3)).flatten())
+        counts.append(torch.bincount(cell[(x[:, discrete] == event).all(1)], minlength=per_axis**2))
+    assert abs(float(torch.stack(masses).sum()) - 1) < 2e-3
+    assert_counts(torch.cat(counts), torch.cat(masses), law.id)
+
+
+@rows(lambda law: law.discrete)
+def test_discrete_values_have_any_dtype_and_other_values_mass_zero(law):
+    d = law.distribution(6)
+    x = d.sample()
+    log_prob = d.log_prob(x)
+    assert x.dtype is (torch.int64 if law.integer else torch.float32) and log_prob.dtype is torch.float32
+    if law.events:
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.float32, torch.float64):
+            assert torch.equal(d.log_prob(x.to(dtype)), log_prob), dtype
+    entry = next(t for t, levels in enumerate(law.levels) if levels)
+    for value in (-1.0, 0.5, 17.0):
+        wrong = x.float()
+        wrong.reshape(6, -1)[2, entry] = value
+        with pytest.raises(SupportError, match=r"value: 1 event\(s\) .*outside the support"):
+            d.log_prob(wrong)
+        loose = d.expand([6])
+        loose._validate_args = False
+        got = loose.log_prob(wrong)
+        assert got[2] == -math.inf and torch.equal(got[[0, 1, 3, 4, 5]], log_prob[[0, 1, 3, 4, 5]])
+
+
+@rows(lambda law: law.discrete)
+def test_what_discrete_values_cannot_do_is_refused(law):
+    d = law.distribution(3)
+    x = d.sample()
+    for action in (d.rsample, d.rsample_and_log_prob, lambda: d.pull(x)):
+        with pytest.raises(DensityError):
+            action()
+
+
+@rows(lambda law: law.discrete)
+def test_score_of_discrete_values_is_refused(law):
+    d = law.distribution(3)
+    for x in (d.sample(), d.sample().float()):
+        with pytest.raises(DensityError):
+            d.score(x)
+
+
+@rows(lambda law: law.discrete and law.transport)
+def test_push_is_monotone_and_gives_the_law(law):
+    """With the noise of earlier entries held, an entry rises with its own; noise of the base gives the law."""
+    d = law.distribution(4, dtype=DOUBLE)
+    places = [int(v) for v in shared(law).order]
+    z = d.base.sample()
+    for t, v in enumerate(places):
+        swept = z.expand(33, *z.shape).clone()
+        swept[..., v] = torch.linspace(-6, 6, 33, dtype=DOUBLE)[:, None]
+        x = d.push(swept)
+        assert x.dtype is (torch.int64 if law.integer else DOUBLE) and not x.requires_grad
+        x = x.reshape(33, 4, -1)
+        earlier = places[:t]
+        assert (x[:, :, earlier] == x[:1, :, earlier]).all()
+        assert (x[:, :, v].diff(dim=0) >= 0).all()
+        moved = x[0, :, v] < x[-1, :, v]
+        assert moved.all() if law.eos is None else moved.any(), "an entry that its noise does not move"
+    if law.events:
+        one = law.distribution(dtype=DOUBLE)
+        events = one.enumerate_support()
+        counts = torch.bincount(codes(events, one.push(one.base.sample((5000,)))), minlength=law.events)
+        assert_counts(counts, one.log_prob(events).exp(), law.id)
+
+
+@rows(lambda law: law.sequential, slow=lambda law: not law.core)
+def test_residuals_are_uniform_and_lead_back(law):
+    d = law.distribution(2000, dtype=DOUBLE)
+    x = d.sample()
+    u = d.rosenblatt(x)
+    assert u.shape == (2000, *shared(law).noise_shape)
+    assert_uniform(u, law.id)
+    back = d.inverse_rosenblatt(u)
+    assert torch.equal(back, x) if law.events else torch.allclose(back, x, rtol=1e-6, atol=1e-6)
+
+
+@rows(lambda law: law.sequential)
+def test_steps_are_the_chain_rule(law):
+    d = law.distribution(2, dtype=DOUBLE)
+    steps = d.steps(3)
+    visited = [step.variable for step in steps]
+    assert visited == shared(law).order.tolist() and steps.log_prob.shape == (3, 2)
+    x = steps.value
+    assert x.shape == (3, 2, *law.event_shape) and d.support.check(x).all()
+    volume = shared(law, dtype=DOUBLE).entry_volumes(x.reshape(6, *law.event_shape)).sum(-1).reshape(3, 2)
+    assert close(law, steps.log_prob + volume, d.log_prob(x), law.exactness)
+
+
 # -- in Pyro programs -------------------------------------------------------------------------------------------------
 
 
 def program(law: Law, observed: bool = True):
     """A latent site with a Gaussian measurement of each of its entries."""
     d, event_dim = law.distribution(), len(law.event_shape)
-    y = law.distribution().sample()
+    y = law.distribution().sample().float()
 
     def model():
         x = pyro.sample("x", d)
-        return pyro.sample("y", dist.Normal(x, 0.5).to_event(event_dim), obs=y if observed else None)
+        return pyro.sample("y", dist.Normal(x.float(), 0.5).to_event(event_dim), obs=y if observed else None)
 
     return model
 
@@ -555,7 +742,17 @@ def assert_draws(law: Law, x: Tensor, *lead: int) -> None:
     assert x.isfinite().all() and shared(law).support.check(x).all()
 
 
-@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+def has_gradient(law: Law) -> bool:
+    """Whether a latent site can be moved by gradients."""
+    return law.density is not gm.Density.IMPLICIT and not law.discrete
+
+
+def at_leisure(law: Law) -> bool:
+    """Rows of which the expensive laws are asked in the slow half alone."""
+    return not law.core
+
+
+@rows(has_gradient, slow=at_leisure)
 @pytest.mark.parametrize("particles", [1, 3])
 def test_latent_site_under_svi(law, particles):
     model = program(law)
@@ -569,7 +766,7 @@ def test_latent_site_under_svi(law, particles):
     assert_draws(law, draws["x"], 4)
 
 
-@rows(lambda law: law.density is not gm.Density.IMPLICIT)
+@rows(has_gradient, slow=at_leisure)
 def test_latent_site_under_nuts(law):
     kernel = pyro.infer.NUTS(program(law), step_size=0.05, adapt_step_size=False, max_tree_depth=1 if law.costly else 2)
     mcmc = pyro.infer.MCMC(kernel, num_samples=4, warmup_steps=0 if law.costly else 4, disable_progbar=True)
@@ -582,15 +779,16 @@ def test_latent_site_under_nuts(law):
         assert predicted["y"].numel() == draws["x"].numel() and predicted["y"].isfinite().all()
 
 
-@rows()
+@rows(slow=at_leisure)
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
 def test_prior_predictive(law, parallel):
     draws = pyro.infer.Predictive(program(law, observed=False), num_samples=5, parallel=parallel)()
     assert_draws(law, draws["x"], 5)
-    assert len(draws["x"].reshape(5, -1).unique(dim=0)) == 5, "the draws are copies"
+    different = len(draws["x"].reshape(5, -1).unique(dim=0))
+    assert different > 1 if law.events else different == 5, "the draws are copies"
 
 
-@rows(lambda law: law.density is EXACT)
+@rows(lambda law: law.density is EXACT, slow=at_leisure)
 def test_as_a_likelihood_and_in_a_guide(law):
     """Observed, the law trains by ``pyro.module``; in a guide, its draws carry the ELBO's gradient."""
     trained = law.make()
@@ -616,7 +814,7 @@ def test_as_a_likelihood_and_in_a_guide(law):
     assert all(not torch.equal(value, fixed[name]) for name, value in trained.named_parameters())
 
 
-@rows()
+@rows(slow=at_leisure)
 def test_a_frozen_prior_stays_what_it_is(law):
     prior = law.make().freeze()
     before = {name: value.clone() for name, value in prior.state_dict().items()}
@@ -625,12 +823,107 @@ def test_a_frozen_prior_stays_what_it_is(law):
     def model():
         x = pyro.sample("x", prior(context))
         noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
-        pyro.sample("y", dist.Normal(x, noise).to_event(event_dim), obs=torch.zeros(law.event_shape))
+        pyro.sample("y", dist.Normal(x.float(), noise).to_event(event_dim), obs=torch.zeros(law.event_shape))
 
-    guide = AutoNormal(model)
+    guide = (lambda: pyro.sample("x", prior(context))) if law.discrete else AutoNormal(model)
     svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), pyro.infer.Trace_ELBO())
     for _ in range(3):
         svi.step()
     assert pyro.param("noise").item() != 1.0
     assert all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in prior.parameters())
+
+
+# -- in Pyro programs: discrete sites, and contexts that are latent ----------------------------------------------------
+
+
+def shifted(law: Law):
+    """A discrete site, enumerated, with a measurement of each of its entries in an unknown unit of zero."""
+    d, event_dim = law.distribution(), len(law.event_shape)
+    y = 0.3 + law.distribution().sample().float()
+
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", d, infer={"enumerate": "parallel"})
+        shift = m.reshape(m.shape + (1,) * event_dim)
+        pyro.sample("y", dist.Normal(x.float() + shift, 0.5).to_event(event_dim), obs=y)
+
+    def log_joint(m: Tensor) -> Tensor:
+        """The truth: the sum over all events, for numbers ``m`` of shape ``(n,)``."""
+        x = d.enumerate_support()
+        shift = m.reshape(-1, *[1] * (1 + event_dim))
+        likelihood = dist.Normal(x + shift, 0.5).to_event(event_dim).log_prob(y)
+        return dist.Normal(0.0, 1.0).log_prob(m) + (d.log_prob(x) + likelihood).logsumexp(-1)
+
+    return model, log_joint
+
+
+def hand_written(law: Law, energy: gm.infer.Potential, log_joint) -> None:
+    """Energies and gradients of many chains are those of a formula."""
+    q = torch.randn(5, energy.dim)
+    value, gradient = energy.value_and_grad(q)
+    q.requires_grad_()
+    truth = -log_joint(q)
+    assert close(law, value, truth)
+    assert close(law, gradient, torch.autograd.grad(truth.sum(), q)[0], 10 * law.tolerance)
+
+
+@rows(lambda law: law.events > 0, slow=at_leisure)
+def test_enumerated_site_under_svi(law):
+    model, log_joint = shifted(law)
+    m = torch.tensor(0.4)
+    elbo = pyro.infer.TraceEnum_ELBO(max_plate_nesting=0)
+    loss = elbo.loss(model, lambda: pyro.sample("m", dist.Delta(m)))
+    assert close(law, torch.tensor(-loss), log_joint(m[None])[0])
+    guide = AutoNormal(poutine.block(model, hide=["x"]))
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    assert all(math.isfinite(svi.step()) for _ in range(2))
+    with pytest.raises((NotImplementedError, ValueError)):
+        AutoNormal(model)()
+
+
+@rows(lambda law: law.events > 0, slow=at_leisure)
+def test_enumerated_site_under_nuts(law):
+    model, log_joint = shifted(law)
+    hand_written(law, gm.infer.potential(model, level="eager"), lambda q: log_joint(q[:, 0]))
+    kernel = pyro.infer.NUTS(model, step_size=0.1, adapt_step_size=False, max_tree_depth=2)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=4, warmup_steps=0, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()
+    assert set(draws) == {"m"} and len(draws["m"].unique()) > 1, "the chain did not move"
+
+
+@rows(lambda law: law.discrete and not law.events, slow=at_leisure)
+def test_columns_are_refused_as_a_latent_site_of_chains(law):
+    with pytest.raises(ModelError, match="discrete and cannot be enumerated"):
+        gm.infer.potential(program(law))
+    for refused in (
+        pyro.infer.NUTS(program(law)).setup,
+        lambda warmup: AutoNormal(program(law))(),
+    ):
+        with pytest.raises((NotImplementedError, ValueError)):
+            refused(1)
+
+
+@rows(lambda law: law.context > 0 and law.density is EXACT, slow=lambda law: law.costly or at_leisure(law))
+def test_observed_under_a_latent_context(law):
+    """What the context was, from what was seen: the score of the context, in SVI and in chains."""
+    model, x = shared(law), law.distribution(3).sample()
+
+    def program():
+        c = pyro.sample("c", dist.Normal(torch.zeros(law.context), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            pyro.sample("x", model(c.unsqueeze(-2)), obs=x)
+
+    def log_joint(c: Tensor) -> Tensor:
+        return dist.Normal(0.0, 1.0).log_prob(c).sum(-1) + model(c[:, None]).log_prob(x).sum(-1)
+
+    if not law.adaptive:
+        hand_written(law, gm.infer.potential(program, level="eager"), log_joint)
+    guide = AutoNormal(program)
+    svi = pyro.infer.SVI(program, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+    assert all(math.isfinite(svi.step()) for _ in range(2))
+    kernel = pyro.infer.NUTS(program, step_size=0.1, adapt_step_size=False, max_tree_depth=2)
+    mcmc = pyro.infer.MCMC(kernel, num_samples=3, warmup_steps=0, disable_progbar=True)
+    mcmc.run()
+    assert len(mcmc.get_samples()["c"].unique(dim=0)) > 1, "the chain did not move"

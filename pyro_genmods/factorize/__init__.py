@@ -3,6 +3,8 @@
 from .autoregressive import Autoregressive
 from .conditionals import Bernoulli, Categorical, Conditional
 from .discretized import DiscretizedLogisticMixture
+from .ensemble import Ensemble
+from .exposure import EntropyDrift, ExposureBias, entropy_drift, exposure_bias
 from .mixed import Mixed
 from .mixtures import GaussianMixture, LogisticMixture
 from .spline import Spline
@@ -14,9 +16,14 @@ __all__ = [
     "Categorical",
     "Conditional",
     "DiscretizedLogisticMixture",
+    "Ensemble",
+    "EntropyDrift",
+    "ExposureBias",
     "GaussianMixture",
     "LogisticMixture",
     "Mixed",
     "Spline",
     "StudentMixture",
+    "entropy_drift",
+    "exposure_bias",
 ]

@@ -39,12 +39,12 @@ from ..foundation.shapes import Context, Noise, Rows, Values
 from ..foundation.transformer import Transformer
 from .arguments import GivenNetwork, Offset, event_shape_of, orders_of, support_of
 from .conditionals import Conditional
-from .implicit import push
+from .implicit import attach, push
 from .law import AutoregressiveDistribution
 from .mixed import Mixed
 from .mixtures import LogisticMixture
 from .sequences import Sequences, alive
-from .walk import METHODS, solve
+from .walk import METHODS, draw, has_cache, in_functorch, solve
 
 __all__ = ["Autoregressive"]
 
@@ -162,8 +162,11 @@ class Autoregressive(GenerativeModel):
         except TypeError as error:
             raise TypeError(f"network: {network!r} takes no such option ({error}).") from error
         start = self.conditional.start()
-        if isinstance(self.conditional, Mixed) and network != "made":
-            return Offset(built, start)
+        if isinstance(self.conditional, Mixed):
+            if not self.takes_order:  # the network knows places only
+                start = tuple(start[v] for v in self.order.tolist())
+            if network != "made":
+                return Offset(built, start)
         built.start_at(start)
         return built
 
@@ -192,6 +195,10 @@ class Autoregressive(GenerativeModel):
     def cost(self) -> Cost:
         """One pass to score, one step per entry to sample; each order has its own."""
         return Cost(sample=self.features * len(self.orders), score=len(self.orders))
+
+    @property
+    def takes_any_dtype(self) -> bool:
+        return self.levels is not None
 
     @property
     def order(self) -> Tensor:
@@ -308,14 +315,25 @@ class Autoregressive(GenerativeModel):
     def sample_rows(self, rows: int, c: Context | None) -> Rows:
         z = self._noise(rows)
         if len(self.orders) == 1:
-            return self.push_rows(z, c)
+            return self._drawn(z, c)
         which = torch.randint(len(self.orders), (rows,), device=z.device)
         x = torch.empty_like(z)
         for s, order in enumerate(self.orders):
             index = (which == s).nonzero().flatten()
             if len(index):
-                x[index] = self.under(order).push_rows(z[index], None if c is None else c[index])
+                x[index] = self.under(order)._drawn(z[index], None if c is None else c[index])
         return x
+
+    def sample_and_log_prob_rows(self, rows: int, c: Context | None) -> tuple[Rows, Values]:
+        y = self.sample_rows(rows, c)
+        return y, self.log_prob_rows(y, c)
+
+    def _drawn(self, z: Tensor, c: Tensor | None) -> Tensor:
+        """As many draws as there are rows of noise, which is used only where it costs no more than other noise."""
+        if self.sampling not in ("auto", "cached") or not has_cache(self) or in_functorch(z):
+            return self.push_rows(z, c)
+        x = draw(self, z, c)
+        return self.outside(x if self.conditional.discrete else attach(self, x, c))
 
     # -- entries -------------------------------------------------------------------------------------------------
 

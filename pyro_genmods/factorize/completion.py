@@ -82,6 +82,10 @@ class Continuation(Mechanism):
         """One pass to score, one step for every entry, those of the prefix included, to sample."""
         return Cost(sample=self.model.features, score=1)
 
+    @property
+    def takes_any_dtype(self) -> bool:
+        return self.model.takes_any_dtype
+
     def _split(self, context: Tensor) -> tuple[Tensor, Tensor | None]:
         prefix, _ = self.prefix_coordinates.pull(context[:, : self.k])
         if not self.model.context_shape:

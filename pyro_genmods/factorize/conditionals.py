@@ -7,9 +7,9 @@ sampler, a density and a diagnostic ask for:
 .. math:: \log p_\theta(x), \qquad F_\theta(x), \qquad z = \Phi^{-1}(F_\theta(x)), \qquad
           x = \min\{x : F_\theta(x) \ge \Phi(z)\}.
 
-Noise is the *normal score* :math:`z \sim \mathcal N(0, 1)` and not the uniform :math:`u = \Phi(z)`: single precision has
-no :math:`u` for :math:`z < -14` and none short of one for :math:`z > 5.5`, whereas :math:`\log \Phi(\pm z)` are exact
-on both sides. Distribution functions are therefore pairs :math:`(\log F, \log(1 - F))`.
+Noise is the *normal score* :math:`z \sim \mathcal N(0, 1)` and not the uniform :math:`u = \Phi(z)`: single precision
+has no :math:`u` for :math:`z < -14` and none short of one for :math:`z > 5.5`, whereas :math:`\log \Phi(\pm z)` are
+exact on both sides. Distribution functions are therefore pairs :math:`(\log F, \log(1 - F))`.
 
 A head is a frozen record of sizes without tensors. Its methods are pure functions of parameters ``(..., size)`` and
 values ``(...)``, which broadcast, in single or double precision, on any device; they run under ``torch.vmap``,
@@ -53,6 +53,29 @@ class Conditional(ABC):
     Raises:
         DensityError: a continuous head was asked for ``log_probs``, or a discrete one for ``normal_score``.
         ValueError: ``temperature`` or ``u`` out of range.
+
+    Example:
+        >>> class Exponential(Conditional):
+        ...     size, support = 1, constraints.positive
+        ...
+        ...     def log_prob(self, parameters, x):
+        ...         return parameters[..., 0] - parameters[..., 0].exp() * x
+        ...
+        ...     def log_cdf(self, parameters, x):
+        ...         upper = -parameters[..., 0].exp() * x
+        ...         return torch.log(-torch.expm1(upper)), upper
+        ...
+        ...     def quantile(self, parameters, z):
+        ...         return -log_ndtr(-z) * torch.exp(-parameters[..., 0])
+        ...
+        ...     def tempered(self, parameters, temperature):
+        ...         return parameters - math.log(temperature)
+        ...
+        ...     def start(self):
+        ...         return (0.0,)
+        >>> x = Exponential().quantile(torch.zeros(1), torch.tensor([-10.0, 2.0]))
+        >>> torch.allclose(Exponential().normal_score(torch.zeros(1), x), torch.tensor([-10.0, 2.0]))
+        True
     """
 
     discrete: ClassVar[bool] = False
@@ -128,7 +151,8 @@ class Conditional(ABC):
         r""":math:`z = \Phi^{-1}(F(x))`, increasing in ``x``, differentiable in both arguments."""
         if self.discrete:
             raise DensityError(
-                f"normal_score: {self} is discrete, its distribution function is a staircase; use pit with uniform noise."
+                f"normal_score: {self} is discrete, its distribution function is a staircase; "
+                "use pit with uniform noise."
             )
         return normal_quantile(*self.log_cdf(parameters, x))
 
@@ -139,7 +163,7 @@ class Conditional(ABC):
         """
         if not self.discrete:
             return self.cdf(parameters, x)
-        return self.cdf(parameters, x - 1) + v * self.log_prob(parameters, x).exp()
+        return self.cdf(parameters, wide(x) - 1) + v * self.log_prob(parameters, x).exp()
 
     def sample(self, parameters: Tensor) -> Tensor:
         """One draw ``(...)`` for each row of parameters, without gradient."""
@@ -183,13 +207,14 @@ class Bernoulli(Conditional):
         return constraints.boolean
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
+        x = wide(x)
         valid = (x == 0) | (x == 1)
         logit = parameters[..., 0]
         return torch.where(valid, logsigmoid(torch.where(x == 1, logit, -logit)), -torch.inf)
 
     def log_cdf(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         logit = parameters[..., 0]
-        return staircase(logsigmoid(-logit), logsigmoid(logit), x, 2)
+        return staircase(logsigmoid(-logit), logsigmoid(logit), wide(x), 2)
 
     def quantile(self, parameters: Tensor, z: Tensor) -> Tensor:
         logit = parameters[..., 0].detach()
@@ -254,7 +279,8 @@ class Categorical(Conditional):
         return self.k
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
-        valid = (x >= 0) & (x < self.k) & (x == x.round() if x.is_floating_point() else True)
+        x = wide(x)
+        valid = is_level(x, self.k)
         index = torch.where(valid, x, 0).to(torch.int64)
         log_p, index = torch.broadcast_tensors(self.log_probs(parameters), index[..., None])
         return torch.where(valid, log_p.gather(-1, index[..., :1])[..., 0], -torch.inf)
@@ -263,7 +289,7 @@ class Categorical(Conditional):
         return parameters.log_softmax(-1)
 
     def log_cdf(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = self.log_probs(parameters)
+        log_p, x = self.log_probs(parameters), wide(x)
         below = torch.arange(self.k, device=x.device) <= x[..., None]
         lower = torch.where(below, log_p, LOG_ZERO).logsumexp(-1)
         upper = torch.where(below, LOG_ZERO, log_p).logsumexp(-1)
@@ -284,6 +310,17 @@ class Categorical(Conditional):
     def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         categories = torch.arange(self.k, device=x.device)
         return (x[..., None] == categories).to(_floating(x, dtype).dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Discrete values in a type that holds -1 and all levels, which booleans and bytes do not."""
+    return x if x.is_floating_point() else x.to(torch.int64)
+
+
+def is_level(x: Tensor, levels: int) -> Tensor:
+    """Whether discrete values are whole numbers from 0 to ``levels - 1``."""
+    inside = (x >= 0) & (x < levels)
+    return inside & (x == x.round()) if x.is_floating_point() else inside
 
 
 def staircase(lower: Tensor, upper: Tensor, x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -312,7 +349,7 @@ def at_least(name: str, value: int, least: int) -> None:
 
 
 def soft_floor(raw: Tensor, floor: float) -> Tensor:
-    """``raw`` where it is well above a negative floor, never below the floor, zero at zero, with a gradient everywhere."""
+    """``raw`` where it is well above a negative floor, zero at zero, never below the floor, always with gradient."""
     return floor + softplus(raw + math.log(math.expm1(-floor)))
 
 
@@ -335,6 +372,6 @@ def _check_unit(u: Tensor) -> None:
         return
     if outside:
         raise ValueError(
-            f"u: got values in [{float(u.min()):.6g}, {float(u.max()):.6g}], needs probabilities strictly between 0 and 1;"
-            " quantile takes normal scores, whose tails are longer."
+            f"u: got values in [{float(u.min()):.6g}, {float(u.max()):.6g}], needs probabilities strictly between 0 "
+            "and 1; quantile takes normal scores, which reach further into the tails."
         )

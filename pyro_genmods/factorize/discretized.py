@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .conditionals import Conditional, at_least, positive, reaches, soft_floor, staircase, undo_soft_floor
+from .conditionals import (
+    Conditional,
+    at_least,
+    is_level,
+    positive,
+    reaches,
+    soft_floor,
+    staircase,
+    undo_soft_floor,
+    wide,
+)
 
 __all__ = ["DiscretizedLogisticMixture"]
 
@@ -78,7 +88,8 @@ class DiscretizedLogisticMixture(Conditional):
         return logits.log_softmax(-1), (edge[..., None] - means) * inverse_s, 2 / (self.levels - 1) * inverse_s
 
     def log_prob(self, parameters: Tensor, x: Tensor) -> Tensor:
-        valid = (x >= 0) & (x < self.levels) & (x == (x.round() if x.is_floating_point() else x))
+        x = wide(x)
+        valid = is_level(x, self.levels)
         x = torch.where(valid, x, 0)
         log_w, b, width = self._edges(parameters, x)
         first, last = (x == 0)[..., None], (x == self.levels - 1)[..., None]
@@ -88,7 +99,7 @@ class DiscretizedLogisticMixture(Conditional):
         return torch.where(valid, (log_w + below + above + inner).logsumexp(-1), -torch.inf)
 
     def log_cdf(self, parameters: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.floor() if x.is_floating_point() else x
+        x = x.floor() if x.is_floating_point() else wide(x)
         log_w, b, _ = self._edges(parameters, x)
         return staircase((log_w + logsigmoid(b)).logsumexp(-1), (log_w + logsigmoid(-b)).logsumexp(-1), x, self.levels)
 

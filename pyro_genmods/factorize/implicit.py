@@ -27,7 +27,7 @@ from .walk import in_functorch, solve
 if TYPE_CHECKING:
     from .autoregressive import Autoregressive
 
-__all__ = ["push"]
+__all__ = ["attach", "push"]
 
 
 def push(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
@@ -40,10 +40,27 @@ def push(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto
         method: of :func:`pyro_genmods.factorize.walk.solve`.
     """
     named = dict(model.network.named_parameters())
-    inputs = [z, *named.values()] if c is None else [z, c, *named.values()]
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)) and not in_functorch(z):
+    if not (_differentiable(z, c, *named.values()) or in_functorch(z)):
         return solve(model, z, c, method)
     return _Push.apply(_Scores(model, tuple(named), method), z, c, *named.values())
+
+
+def attach(model: Autoregressive, x: Tensor, c: Tensor | None) -> Tensor:
+    """Give draws of the model, made in whatever way, the gradient that they have as a push of their own noise.
+
+    Arguments:
+        model: has one order.
+        x: ``(rows, T)``, without gradient.
+        c: rows of context or ``None``.
+    """
+    named = dict(model.network.named_parameters())
+    if not _differentiable(c, *named.values()):
+        return x
+    return _Push.apply(_Scores(model, tuple(named), "given"), x, c, *named.values())
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 class _Scores(nn.Module):
@@ -57,6 +74,8 @@ class _Scores(nn.Module):
 
     def forward(self, task: str, *tensors: Tensor | None) -> Tensor:
         if task == "solve":
+            if self.method == "given":
+                return tensors[0].clone()
             return solve(self.model, *tensors, self.method)
         seen, x, c = tensors
         return self.model.conditional.normal_score(self.model.parameters_of(seen, c), x)

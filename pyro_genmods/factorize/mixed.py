@@ -68,7 +68,7 @@ class Mixed(Conditional):
             raise ValueError("conditionals: got none, needs one head for each column.")
         for t, head in enumerate(self.conditionals):
             if not isinstance(head, Conditional) or isinstance(head, Mixed):
-                raise TypeError(f"conditionals[{t}]: got {head!r}, needs a head of one column, e.g. GaussianMixture(5).")
+                raise TypeError(f"conditionals[{t}]: got {head!r}, needs a head of one column, e.g. Bernoulli().")
         object.__setattr__(self, "conditionals", tuple(self.conditionals))
 
     def head_of(self, column: int) -> Conditional:
@@ -119,8 +119,8 @@ class Mixed(Conditional):
     def normal_score(self, parameters: Tensor, x: Tensor) -> Tensor:
         if self.discrete:
             raise DensityError(
-                f"normal_score: columns {self.discrete_columns} are discrete, their distribution functions are staircases; "
-                "use pit with uniform noise, or head_of(t) of the other columns."
+                f"normal_score: columns {self.discrete_columns} are discrete, their distribution functions are "
+                "staircases; use pit with uniform noise, or head_of(t) of the other columns."
             )
         return self._gather(lambda head, p, x: head.normal_score(p, x), parameters, x)[0]
 
@@ -132,12 +132,17 @@ class Mixed(Conditional):
         levels = self.levels
         if levels is None:
             raise DensityError("log_probs: some columns are continuous, their values cannot be listed; use log_prob.")
-        fill = lambda head, p: pad(head.log_probs(p), (0, levels - head.levels), value=-torch.inf)  # noqa: E731
-        return self._gather(fill, parameters, trailing=1)[0]
+
+        def listed(head: Conditional, p: Tensor) -> Tensor:
+            return pad(head.log_probs(p), (0, levels - head.levels), value=-torch.inf)
+
+        return self._gather(listed, parameters, trailing=1)[0]
 
     def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        fill = lambda head, p, x: pad(head.embed(x, dtype), (0, self.inputs - head.inputs))  # noqa: E731
-        return self._gather(fill, None, x, trailing=1)[0]
+        def embedded(head: Conditional, _: None, x: Tensor) -> Tensor:
+            return pad(head.embed(x, dtype), (0, self.inputs - head.inputs))
+
+        return self._gather(embedded, None, x, trailing=1)[0]
 
     def tempered(self, parameters: Tensor, temperature: float) -> Tensor:
         def cooled(head: Conditional, p: Tensor) -> Tensor:
@@ -167,18 +172,15 @@ class Mixed(Conditional):
 
         Columns are cut out as runs of neighbours, which needs no index tensor on any device.
         """
-        columns = len(self.conditionals)
         self._check(parameters, values)
         pieces: dict[int, list[Tensor]] = {}
         for head, runs in self._groups():
-            cut = lambda x, dim, runs=runs: _join([x.narrow(dim, a, b - a) for a, b in runs], dim)  # noqa: E731
-            p = None if parameters is None else cut(parameters, -2)[..., : head.size]
-            result = method(head, p, *[cut(x, -1) for x in values]) if values else method(head, p)
+            p = None if parameters is None else _cut(parameters, runs, -2)[..., : head.size]
+            result = method(head, p, *[_cut(x, runs, -1) for x in values])
             results = result if isinstance(result, tuple) else (result,)
             parts = [r.split([b - a for a, b in runs], -1 - trailing) for r in results]
             for i, (a, _) in enumerate(runs):
                 pieces[a] = [part[i] for part in parts]
-        assert columns
         return [_join(list(part), -1 - trailing) for part in zip(*(pieces[a] for a in sorted(pieces)), strict=True)]
 
     def _check(self, parameters: Tensor | None, values: tuple[Tensor, ...]) -> None:
@@ -189,6 +191,11 @@ class Mixed(Conditional):
         for value in values:
             if value.dim() < 1 or value.shape[-1] != columns:
                 raise ShapeError(f"x: got {tuple(value.shape)}, needs (..., {columns}), one value for each column.")
+
+
+def _cut(x: Tensor, runs: list[Run], dim: int) -> Tensor:
+    """The columns of some runs."""
+    return _join([x.narrow(dim, a, b - a) for a, b in runs], dim)
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

@@ -3,7 +3,7 @@ r"""Spline head: a Gaussian seen through a monotone rational-quadratic spline.
 The distribution function is :math:`F(x) = \Phi(z)` with the normal score
 
 .. math:: z = \frac{g(x) - \mu}{\sigma}, \qquad
-          g(x) = y_i + \frac{h_i \big(s_i \xi^2 + d_i\, \xi (1 - \xi)\big)}{s_i + (d_i + d_{i+1} - 2 s_i)\, \xi (1 - \xi)},
+          g(x) = y_i + h_i \frac{s_i \xi^2 + d_i\, \xi (1 - \xi)}{s_i + (d_i + d_{i+1} - 2 s_i)\, \xi (1 - \xi)},
           \qquad \xi = \frac{x - x_i}{w_i},
 
 inside :math:`[-B, B]`, with widths :math:`w_i`, heights :math:`h_i`, secants :math:`s_i = h_i / w_i` and derivatives
@@ -55,8 +55,8 @@ class Spline(Conditional):
         bound: the spline bends in ``[-bound, bound]`` and is straight outside.
 
     Shape:
-        parameters ``(..., 3 bins + 3)``: widths, heights, derivatives at the ``bins + 1`` knots, mean and log scale of the
-        Gaussian; values ``(...)``.
+        parameters ``(..., 3 bins + 3)``: widths, heights, derivatives at the ``bins + 1`` knots, mean and log scale of
+        the Gaussian; values ``(...)``.
 
     Raises:
         ValueError: no bin, a bound or a temperature that is not positive.
@@ -89,7 +89,7 @@ class Spline(Conditional):
         return parameters[..., -2], soft_floor(parameters[..., -1], self.FLOOR)
 
     def _knots(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Left ends, widths, bottoms, heights and end derivatives of all bins, ``(..., 6, bins)``, and the first again."""
+        """The six numbers of every bin, ``(..., 6, bins)``, and the left ends and bottoms again, ``(..., 2, bins)``."""
         n = self.bins
         shares = parameters[..., : 2 * n].unflatten(-1, (2, n)).softmax(-1)
         sides = 2 * self.bound * (LEAST_SHARE / n + (1 - LEAST_SHARE) * shares)

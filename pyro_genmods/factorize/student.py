@@ -90,7 +90,7 @@ class StudentMixture(Mixture):
 
 
 def log_density(t: Tensor, nu: int) -> Tensor:
-    r"""Log density :math:`\log\Gamma(\frac{\nu+1}2) - \log\Gamma(\frac\nu2) - \frac12\log\nu\pi - (\nu+1) \log r/\sqrt\nu`."""
+    r"""Log density :math:`\log c - (\nu+1) \log(r / \sqrt\nu)`."""
     constant = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
     ratio = t / math.sqrt(nu)
     return constant - (nu + 1) * torch.hypot(ratio, torch.ones_like(ratio)).log()  # a square would overflow

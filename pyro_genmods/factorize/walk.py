@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .autoregressive import Autoregressive
     from .conditionals import Conditional
 
-__all__ = ["METHODS", "Walk", "solve"]
+__all__ = ["METHODS", "Walk", "draw", "solve"]
 
 METHODS = ("auto", "cached", "jacobi", "sequential")
 
@@ -52,11 +52,28 @@ def solve(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "aut
     """
     z = z.detach()
     if method == "auto":
-        method = "cached" if type(model.network).step is not CausalNetwork.step else "jacobi"
+        method = "cached" if has_cache(model) else "jacobi"
     with torch.no_grad():
         if method == "cached":
             return _walk(model, z, c)
         return _passes(model, z, c, one_by_one=method == "sequential")
+
+
+def draw(model: Autoregressive, like: Tensor, c: Tensor | None) -> Tensor:
+    """Rows of entries, without gradient; cheaper than :func:`solve`, for a mixture draws a component and has no root.
+
+    Arguments:
+        model: has one order.
+        like: ``(rows, T)``, tells number, dtype and device of the rows.
+        c: rows of context or ``None``.
+    """
+    with torch.no_grad():
+        walk = Walk(model, like, c)
+        for _ in walk.places:
+            walk.put(walk.head.sample(walk.parameters()))
+            if walk.all_ended():
+                break
+        return walk.values()
 
 
 def _walk(model: Autoregressive, z: Tensor, c: Tensor | None) -> Tensor:
@@ -81,6 +98,11 @@ def _passes(model: Autoregressive, z: Tensor, c: Tensor | None, one_by_one: bool
             break
         x = new
     return x
+
+
+def has_cache(model: Autoregressive) -> bool:
+    """Whether the network has steps of its own, and does not repeat itself at each of them."""
+    return type(model.network).step is not CausalNetwork.step
 
 
 def in_functorch(x: Tensor) -> bool:

@@ -173,7 +173,7 @@ class CausalNetwork(nn.Module, ABC):
         cache.position += 1
         return self(entries, context[0] if context else None, cache.shared[0])[:, cache.position - 1]
 
-    def start_at(self, bias: Sequence[float]) -> bool:
+    def start_at(self, bias: Sequence[float] | Sequence[Sequence[float]]) -> bool:
         """Let every place's output start at ``bias``, whatever the entries are.
 
         Returns:

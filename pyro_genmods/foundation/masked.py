@@ -52,7 +52,7 @@ class MADE(CausalNetwork):
         inputs: width of an embedded entry.
         context_features: width of the context.
         width: units of a hidden layer.
-        layers: number of hidden layers.
+        layers: number of hidden layers; 0 leaves the direct connections, a generalised linear model of each entry.
         dropout: probability that a hidden unit's addition is dropped in training.
         skip: connect entries to outputs directly; ``None`` does so up to four million weights.
 
@@ -83,8 +83,11 @@ class MADE(CausalNetwork):
         skip: bool | None = None,
     ) -> None:
         super().__init__(length, outputs, inputs=inputs, context_features=context_features)
+        if layers < 0 or width < 1 or (layers == 0 and skip is False):
+            raise ValueError(f"layers={layers}, width={width}: give at least 0 (with skips) and at least 1.")
+        width = width if layers else 0
         self.width, self.layers = width, layers
-        degrees = torch.arange(width) * length // width
+        degrees = torch.arange(width) * length // max(width, 1)
         places = torch.arange(length)
         self.first = nn.Parameter(_uniform((width, length, inputs), length * inputs))
         self.first_bias = nn.Parameter(torch.zeros(width))
@@ -93,10 +96,10 @@ class MADE(CausalNetwork):
         self.output = nn.Parameter(_uniform((length, outputs, width), width))
         self.bias = nn.Parameter(torch.zeros(length, outputs))
         if skip is None:
-            skip = length**2 * outputs * inputs <= self.MOST_SKIPS
+            skip = layers == 0 or length**2 * outputs * inputs <= self.MOST_SKIPS
         self.skip = nn.Parameter(torch.zeros(length, outputs, length, inputs)) if skip and length > 1 else None
         if context_features:
-            self.context = nn.Linear(context_features, width)
+            self.context = nn.Parameter(_uniform((width, context_features), context_features))
             self.context_output = nn.Parameter(_uniform((length, outputs, context_features), context_features))
         self.dropout = nn.Dropout(dropout)
         self.register_buffer("first_mask", (places < degrees[:, None])[..., None], persistent=False)
@@ -105,7 +108,7 @@ class MADE(CausalNetwork):
         self.register_buffer("skip_mask", (places < places[:, None])[:, None, :, None], persistent=False)
         self.ends = [0, *(math.ceil((t + 1) * width / length) for t in range(length))]
 
-    def start_at(self, bias: Sequence[float]) -> bool:
+    def start_at(self, bias: Sequence[float] | Sequence[Sequence[float]]) -> bool:
         with torch.no_grad():
             self.bias.copy_(torch.as_tensor(bias, dtype=self.bias.dtype).expand_as(self.bias))
             self.output.mul_(0.01)
@@ -133,7 +136,7 @@ class MADE(CausalNetwork):
         if context is None:
             return None, None
         weight = self.context_output if order is None else self.context_output[order]
-        return self.context(context), F.linear(context, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        return F.linear(context, self.context), F.linear(context, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
     def forward(self, entries: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         weights = self._weights(order)
@@ -156,15 +159,16 @@ class MADE(CausalNetwork):
         self.check(rows, context, order)
         to_first, to_output = self._context_parts(context, order)
         buffers = [like.new_zeros(rows, self.length * self.inputs)]
-        buffers += [like.new_zeros(rows, self.width) for _ in range(self.layers)]
+        buffers += [like.new_zeros(rows, self.width) for _ in range(max(self.layers, 1))]
         context_parts = [] if to_first is None or to_output is None else [to_first, to_output]
         return Cache(0, [*buffers, *context_parts], tuple(self._weights(order)))
 
     def step(self, cache: Cache, entry: Tensor | None) -> Tensor:
         self.check_step(cache, entry)
         weights, t = _Weights(*cache.shared), cache.position
-        entries, hidden = cache.rows[0], cache.rows[1 : self.layers + 1]
-        to_first, to_output = cache.rows[self.layers + 1 :] or (None, None)
+        entries, *rest = cache.rows
+        hidden, context_parts = rest[: max(self.layers, 1)], rest[max(self.layers, 1) :]
+        to_first, to_output = context_parts or (None, None)
         seen = t * self.inputs
         if entry is not None:
             entries[:, seen - self.inputs : seen] = entry

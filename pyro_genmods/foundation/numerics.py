@@ -88,6 +88,7 @@ def chandrupatla(
         a, b = upper, lower
         fa, fb = (f(a) - y).clamp_min(0), (f(b) - y).clamp_max(0)
         c, fc, t = a, fa, torch.full_like(y, 0.5)
+        root, closed = a, torch.zeros_like(y, dtype=torch.bool)
         eps = torch.finfo(y.dtype).eps
         for _ in range(iterations):
             x = a + t * (b - a)
@@ -100,12 +101,13 @@ def chandrupatla(
             width = (b - a).abs()
             tolerance = 2 * eps * best.abs() + eps * eps
             done = (tolerance > 0.5 * width) | (fa == 0) | (fb == 0) | width.isnan()
+            root, closed = torch.where(closed, root, best), closed | done  # whatever the rest of the batch needs
             if stop and bool(done.all()):
                 break
             t = _next_fraction(a, b, c, fa, fb, fc).clamp(0, 1)
             edge = (tolerance / width.clamp_min(eps * eps)).clamp(max=0.5)
             t = torch.minimum(torch.maximum(t, edge), 1 - edge)
-        return torch.where(fa.abs() < fb.abs(), a, b)
+        return root
 
 
 def _next_fraction(a: Tensor, b: Tensor, c: Tensor, fa: Tensor, fb: Tensor, fc: Tensor) -> Tensor:

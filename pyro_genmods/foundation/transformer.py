@@ -62,7 +62,7 @@ class Transformer(CausalNetwork):
     Example:
         >>> _ = torch.manual_seed(0)
         >>> network = Transformer(4, outputs=5, vocabulary=5, width=8, layers=1, heads=2, context_features=1)
-        >>> network.start_at([0.5, 0, 0, 0, 0])
+        >>> network.start_at([0.5, 0.0, 0.0, 0.0, 0.0])
         True
         >>> x, c = torch.tensor([[3, 0, 4, 1]]), torch.ones(1, 1)
         >>> network(x, c)[0, 0].tolist()
