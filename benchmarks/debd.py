@@ -153,7 +153,9 @@ def deep_family(data: dict[str, Tensor], clock: Clock) -> list[gm.Autoregressive
     first = [deep_member(data, size, share, seed) for seed, size in enumerate(SIZES)]
     values = [mean_log_prob(model, data["valid"]) for model in first]
     best = int(np.argmax(values))
-    members = [model for model, value in zip(first, values, strict=True) if value > values[best] - 0.01 * abs(values[best])]
+    members = [
+        model for model, value in zip(first, values, strict=True) if value > values[best] - 0.01 * abs(values[best])
+    ]
     longest = 0.0
     while clock.spent + max(longest, 0.02 * clock.seconds) < 0.93 * clock.seconds and len(members) < 32:
         before = clock.spent

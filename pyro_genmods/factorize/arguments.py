@@ -124,7 +124,7 @@ def _sequences(conditional: Conditional, shape: Size, eos: int, pad: int | None)
     if not 0 <= eos < tokens:
         raise ValueError(f"eos: got {eos}, needs a token from 0 to {tokens - 1}.")
     if pad is not None and pad != eos and 0 <= pad < tokens:
-        raise ValueError(f"pad: got {pad}, which is a token; take eos={eos} itself, or a number outside 0..{tokens - 1}.")
+        raise ValueError(f"pad: got {pad}, which is a token; take eos={eos} itself, or a number of {tokens} or more.")
     return Sequences(tokens, eos, eos if pad is None else pad)
 
 

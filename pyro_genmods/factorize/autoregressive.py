@@ -175,7 +175,7 @@ class Autoregressive(GenerativeModel):
             return network
         if self.takes_order:
             raise ValueError(
-                "orders: a module of your own is called as network(entries, context) and sees one order; make one model "
+                "orders: a module of your own is called as network(entries, context) and sees one order; make a model "
                 "for each order, or derive the module from foundation.causal.CausalNetwork."
             )
         return GivenNetwork(network, **self._sizes())

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, ShapeError
@@ -53,7 +53,8 @@ class Continuation(Mechanism):
         rest = order[k:]
         super().__init__(rest.shape, (k + sum(model.context_shape),))
         self.k, self.model = k, model
-        self.coordinates, self.prefix_coordinates = model.coordinates.columns(rest), model.coordinates.columns(order[:k])
+        self.coordinates = model.coordinates.columns(rest)
+        self.prefix_coordinates = model.coordinates.columns(order[:k])
         for part, columns in ((self.coordinates, rest), (self.prefix_coordinates, order[:k])):
             part.support = model.support_of_columns(columns.tolist()) or part.support
         self.has_rsample, self.value_dtype = model.has_rsample, model.value_dtype
@@ -72,9 +73,9 @@ class Continuation(Mechanism):
             raise ShapeError("prefix: has entries that are not finite; impute them with impute(x, observed).")
         if law.context is not None:
             batch = torch.broadcast_shapes(context.shape[:-1], law.batch_shape)
-            context = torch.cat([context.expand(batch + (k,)), law.context.expand(batch + model.context_shape)], -1)
+            context = torch.cat([context.expand((*batch, k)), law.context.expand(batch + model.context_shape)], -1)
         elif law.batch_shape:
-            context = context.expand(torch.broadcast_shapes(context.shape[:-1], law.batch_shape) + (k,))
+            context = context.expand((*torch.broadcast_shapes(context.shape[:-1], law.batch_shape), k))
         return GenerativeDistribution(cls(model, k), context, validate_args=law._validate_args)
 
     @property
@@ -214,7 +215,7 @@ def _by_particles(
         walk.put(entry)
     ess = torch.where(weights.amax(-1) == weights.amin(-1), math.inf, _ess(weights))
     evidence = evidence + weights.logsumexp(-1) - math.log(number)
-    chosen = torch.multinomial(_shares(weights), num_samples, replacement=num_samples > number or bool(ess.isfinite().any()))
+    chosen = torch.multinomial(_shares(weights), num_samples, replacement=bool(ess.isfinite().any()))
     drawn = walk.values().reshape(rows, number, -1).take_along_dim(chosen[..., None], 1)
     return drawn.transpose(0, 1), evidence, ess
 

@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 from .conditionals import (
     Conditional,
     at_least,
+    choose,
     is_level,
     positive,
     reaches,
@@ -113,6 +114,13 @@ class DiscretizedLogisticMixture(Conditional):
             enough = reaches(*self.log_cdf(parameters, middle), z)
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         return high
+
+    def sample(self, parameters: Tensor) -> Tensor:
+        logits, means, raw = parameters.detach().unflatten(-1, (3, self.k)).unbind(-2)
+        chosen = choose(logits)[..., None]
+        s = torch.exp(soft_floor(raw, self.FLOOR)).gather(-1, chosen)[..., 0]
+        draw = means.gather(-1, chosen)[..., 0] + s * torch.rand_like(s).logit(torch.finfo(s.dtype).eps / 4)
+        return (((draw + 1) * (self.levels - 1) - 1) / 2).ceil().clamp(0, self.levels - 1)
 
     def tempered(self, parameters: Tensor, temperature: float) -> Tensor:
         logits, means, raw = parameters.unflatten(-1, (3, self.k)).unbind(-2)

@@ -56,8 +56,8 @@ class Ensemble(GenerativeModel):
         for model in models:
             if model.event_shape != first.event_shape or model.context_shape != first.context_shape:
                 raise ShapeError(
-                    f"models: one has events {tuple(model.event_shape)} and contexts {tuple(model.context_shape)}, another "
-                    f"{tuple(first.event_shape)} and {tuple(first.context_shape)}; they must agree."
+                    f"models: one has events {tuple(model.event_shape)} and contexts {tuple(model.context_shape)}, "
+                    f"another {tuple(first.event_shape)} and {tuple(first.context_shape)}; they must agree."
                 )
             if model.density is not Density.EXACT:
                 raise DensityError(f"models: {type(model).__name__} has no exact density to average.")

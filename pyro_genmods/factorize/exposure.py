@@ -1,7 +1,7 @@
 r"""Exposure bias: how far a model that feeds on its own output drifts.
 
-A model is trained on prefixes of the data and samples from prefixes of its own. With an oracle :math:`p^*`, the error at
-place :math:`t` after a prefix of either kind is
+A model is trained on prefixes of the data and samples from prefixes of its own. With an oracle :math:`p^*`, the error
+at place :math:`t` after a prefix of either kind is
 
 .. math:: \epsilon_t = \mathbb E_{x_{<t} \sim p^*} \mathrm{KL}\big(p^*_t \,\|\, p_t\big), \qquad
           r_t = \mathbb E_{x_{<t} \sim p} \mathrm{KL}\big(p^*_t \,\|\, p_t\big),
@@ -120,9 +120,7 @@ def exposure_bias(
     )
 
 
-def _divergences(
-    truth: Autoregressive, model: Autoregressive, law: AutoregressiveDistribution, x: Tensor
-) -> Tensor:
+def _divergences(truth: Autoregressive, model: Autoregressive, law: AutoregressiveDistribution, x: Tensor) -> Tensor:
     """Mean divergence of the model's from the true conditionals after prefixes of ``x``, in the order of places."""
     _, rows, _ = law._rows(x, law.event_shape)
     here, there = (m.inside(m.coordinates.pull(rows)[0]) for m in (truth, model))

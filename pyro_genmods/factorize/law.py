@@ -15,7 +15,7 @@ from torch import Tensor
 from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, ShapeError, SupportError
 from .completion import Continuation, Imputation, impute
-from .sequences import all_sequences, alive
+from .sequences import alive, all_sequences
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
         return self._values(torch.where(volume > -math.inf, log_probs[:, first].sum(-1), volume), lead)
 
     def condition(self, prefix: Tensor) -> GenerativeDistribution:
-        r"""The law of the entries after a prefix, :math:`p(x_{\sigma_{k+1}}, \dots \mid x_{\sigma_1}, \dots, x_{\sigma_k})`.
+        r"""The law of what follows a prefix, :math:`p(x_{\sigma_{k+1}}, \dots \mid x_{\sigma_1}, \dots, x_{\sigma_k})`.
 
         Arguments:
             prefix: ``(*batch, k)``, the first ``k`` entries, in the user's units; ``batch`` broadcasts with this law's.
@@ -124,9 +124,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
         """
         return Continuation.of(self, prefix)
 
-    def impute(
-        self, x: Tensor, observed: Tensor, num_samples: int = 1, num_particles: int | None = None
-    ) -> Imputation:
+    def impute(self, x: Tensor, observed: Tensor, num_samples: int = 1, num_particles: int | None = None) -> Imputation:
         """Draw missing entries given the observed ones, wherever they are.
 
         An orderless model puts the observed entries first and answers exactly. Under a fixed order missing entries are
@@ -187,14 +185,15 @@ class AutoregressiveDistribution(GenerativeDistribution):
         if not self.has_enumerate_support:
             size = self._size_of_support()
             raise DensityError(
-                f"{self}: " + (f"has about {size:.3g} events, " if size else "has continuous entries, ") +
-                f"and at most {self.ENUMERABLE} can be enumerated; use sample(), or marginalise by hand."
+                f"{self}: "
+                + (f"has about {size:.3g} events, " if size else "has continuous entries, ")
+                + f"and at most {self.ENUMERABLE} can be enumerated; use sample(), or marginalise by hand."
             )
         model = self.model
         rows = all_sequences(model.levels, self.support, model.orders.new_zeros((), dtype=model.place[0]))
         rows = rows.to(model.value_dtype or model.place[0])
         rows = rows.reshape((len(rows),) + (1,) * len(self.batch_shape) + self.event_shape)
-        return rows.expand((len(rows),) + self.batch_shape + self.event_shape) if expand else rows
+        return rows.expand((len(rows), *self.batch_shape, *self.event_shape)) if expand else rows
 
     # -- other laws ----------------------------------------------------------------------------------------------
 

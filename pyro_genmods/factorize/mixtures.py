@@ -41,7 +41,7 @@ from torch.nn.functional import logsigmoid
 
 from ..foundation.causal import transformed
 from ..foundation.numerics import chandrupatla, log_ndtr
-from .conditionals import Conditional, at_least, positive, soft_floor, undo_soft_floor
+from .conditionals import Conditional, at_least, choose, positive, soft_floor, undo_soft_floor
 
 __all__ = ["GaussianMixture", "LogisticMixture", "Mixture"]
 
@@ -78,6 +78,10 @@ class Mixture(Conditional):
     @abstractmethod
     def standard_quantile(self, z: Tensor) -> Tensor:
         """Quantile of the standard law at normal scores."""
+
+    def standard_draw(self, like: Tensor) -> Tensor:
+        """Draws of the standard law, shaped as another tensor."""
+        return self.standard_quantile(torch.randn_like(like))
 
     @property
     @abstractmethod
@@ -124,6 +128,12 @@ class Mixture(Conditional):
         target = log_ndtr(z).expand(ends.shape[:-1])
         stop = not (transformed() or (z.is_cuda and torch.cuda.is_current_stream_capturing()))
         return mirror * chandrupatla(log_cdf, target, ends.amin(-1), ends.amax(-1), self.STEPS, stop)
+
+    def sample(self, parameters: Tensor) -> Tensor:
+        log_w, m, log_s = self.components(parameters.detach())
+        chosen = choose(log_w)[..., None]
+        m, s = m.gather(-1, chosen)[..., 0], log_s.gather(-1, chosen)[..., 0].exp()
+        return m + s * self.standard_draw(m)
 
     def tempered(self, parameters: Tensor, temperature: float) -> Tensor:
         logits, means, raw = parameters.unflatten(-1, (3, self.k)).unbind(-2)
@@ -174,6 +184,9 @@ class GaussianMixture(Mixture):
     def standard_log_cdf(self, t: Tensor) -> Tensor:
         return log_ndtr(t)
 
+    def standard_draw(self, like: Tensor) -> Tensor:
+        return torch.randn_like(like)
+
     def standard_quantile(self, z: Tensor) -> Tensor:
         return z
 
@@ -214,6 +227,9 @@ class LogisticMixture(Mixture):
 
     def standard_log_cdf(self, t: Tensor) -> Tensor:
         return logsigmoid(t)
+
+    def standard_draw(self, like: Tensor) -> Tensor:
+        return torch.rand_like(like).logit(torch.finfo(like.dtype).eps / 4)
 
     def standard_quantile(self, z: Tensor) -> Tensor:
         return log_ndtr(z) - log_ndtr(-z)

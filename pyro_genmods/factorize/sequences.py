@@ -1,4 +1,4 @@
-"""Spaces of events: columns of different kinds, sequences of variable length, and lists of everything that can happen."""
+"""Spaces of events: columns of different kinds, sequences of variable length, and everything that can happen."""
 
 from __future__ import annotations
 
