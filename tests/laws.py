@@ -235,7 +235,7 @@ def autoregressive(
     features: int | tuple[int, ...] = 2,
     context: int = 0,
     support: constraints.Constraint | None = None,
-    roughness: float = 0.3,
+    roughness: float = 0.2,
     facts: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Law:
@@ -269,7 +269,10 @@ def grid() -> Iterator[Law]:
                     own["standardized"] = True
                 number += 1
                 size = len(facts.get("levels", (0, 0)))
-                yield autoregressive(name, conditional, network, features=size, context=context, facts=own)
+                rough = 0.15 if head == "columns" else 0.2
+                yield autoregressive(
+                    name, conditional, network, features=size, context=context, roughness=rough, facts=own
+                )
     for shift, network in enumerate(SIZES):
         for context in (0, 2):
             for pad in (None, 3):

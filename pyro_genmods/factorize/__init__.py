@@ -4,7 +4,7 @@ from .autoregressive import Autoregressive
 from .conditionals import Bernoulli, Categorical, Conditional
 from .discretized import DiscretizedLogisticMixture
 from .ensemble import Ensemble
-from .exposure import EntropyDrift, ExposureBias, entropy_drift, exposure_bias
+from .exposure import entropy_drift, exposure_bias
 from .mixed import Mixed
 from .mixtures import GaussianMixture, LogisticMixture
 from .spline import Spline
@@ -17,8 +17,6 @@ __all__ = [
     "Conditional",
     "DiscretizedLogisticMixture",
     "Ensemble",
-    "EntropyDrift",
-    "ExposureBias",
     "GaussianMixture",
     "LogisticMixture",
     "Mixed",

@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from ..contract import Cost, Density, GenerativeModel
+from ..contract import Cost, Density
 from ..coordinates import Standardization
 from ..foundation.causal import CausalNetwork, check_causal
 from ..foundation.errors import DensityError
@@ -39,17 +38,17 @@ from ..foundation.shapes import Context, Noise, Rows, Values
 from ..foundation.transformer import Transformer
 from .arguments import GivenNetwork, Offset, event_shape_of, orders_of, support_of
 from .conditionals import Conditional
+from .factorization import METHODS, Factorization
 from .implicit import attach, push
 from .law import AutoregressiveDistribution
 from .mixed import Mixed
 from .mixtures import LogisticMixture
-from .sequences import Sequences, alive
-from .walk import METHODS, draw, has_cache, in_functorch, solve
+from .walk import draw, has_cache, in_functorch, solve
 
 __all__ = ["Autoregressive"]
 
 
-class Autoregressive(GenerativeModel):
+class Autoregressive(Factorization):
     r"""An autoregressive density with exact likelihood.
 
     Arguments:
@@ -196,62 +195,6 @@ class Autoregressive(GenerativeModel):
         """One pass to score, one step per entry to sample; each order has its own."""
         return Cost(sample=self.features * len(self.orders), score=len(self.orders))
 
-    @property
-    def takes_any_dtype(self) -> bool:
-        return self.levels is not None
-
-    @property
-    def order(self) -> Tensor:
-        """The variable that stands at each place.
-
-        Raises:
-            DensityError: the law averages over several orders.
-        """
-        if len(self.orders) > 1:
-            raise DensityError(
-                f"{type(self).__name__} averages over {len(self.orders)} orders and is no pushforward; it has sample() "
-                "and log_prob(). Take one order, model.under(model.orders[0])."
-            )
-        return self.orders[0]
-
-    @property
-    def network_order(self) -> Tensor | None:
-        """The order as the network wants it: ``None`` where it only ever sees one."""
-        return self.order if self.takes_order else None
-
-    def under(self, order: Tensor) -> Autoregressive:
-        """The same parameters under one other order: a view that shares everything.
-
-        Arguments:
-            order: permutation ``(T,)``; one of ``orders``, or any if the model is orderless.
-        """
-        view = self._view()
-        view._buffers["orders"] = order[None]
-        view.has_rsample = not self.conditional.discrete
-        return view
-
-    def tempered(self, temperature: float) -> Autoregressive:
-        """The same parameters at another temperature, a view; see :meth:`AutoregressiveDistribution.tempered`."""
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: got {temperature}, needs a positive number.")
-        view = self._view()
-        view.temperature = self.temperature * float(temperature)
-        return view
-
-    def sampled_by(self, method: str) -> Autoregressive:
-        """The same parameters with another method of sampling, a view; see :mod:`pyro_genmods.factorize.walk`."""
-        if method not in METHODS:
-            raise ValueError(f"method: got {method!r}, needs one of {METHODS}.")
-        view = self._view()
-        view.sampling = method
-        return view
-
-    def _view(self) -> Autoregressive:
-        view = copy.copy(self)
-        view.__dict__ = dict(self.__dict__)
-        view._buffers = dict(self._buffers)
-        return view
-
     def forward(self, context: Tensor | None = None) -> AutoregressiveDistribution:
         """The distribution at a context; see :meth:`pyro_genmods.GenerativeModel.forward`."""
         return AutoregressiveDistribution(self, context)
@@ -334,64 +277,3 @@ class Autoregressive(GenerativeModel):
             return self.push_rows(z, c)
         x = draw(self, z, c)
         return self.outside(x if self.conditional.discrete else attach(self, x, c))
-
-    # -- entries -------------------------------------------------------------------------------------------------
-
-    def inside(self, y: Tensor) -> Tensor:
-        """Rows as the network sees them: columns of different kinds have units of their own."""
-        return y if self.units is None else self.units(y)
-
-    def outside(self, y: Tensor) -> Tensor:
-        """The way back from :meth:`inside`."""
-        return y if self.units is None else self.units.inverse(y)
-
-    def entries_of(self, x: Tensor) -> Tensor:
-        """What the network is told of all entries ``(rows, T)``: embeddings, or tokens."""
-        if self.conditional.vocabulary:
-            x = x.clamp(0, self.conditional.vocabulary - 1)
-        return x.to(torch.int64) if self.network.vocabulary else self.conditional.embed(x)
-
-    def entry_of(self, x: Tensor, variable: int) -> Tensor:
-        """What the network is told of one entry ``(rows,)``."""
-        if self.conditional.vocabulary:
-            x = x.clamp(0, self.conditional.vocabulary - 1)
-        if self.network.vocabulary:
-            return x.to(torch.int64)
-        entry = self.conditional.head_of(variable).embed(x)
-        return nn.functional.pad(entry, (0, self.conditional.inputs - entry.shape[-1]))
-
-    def parameters_of(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Parameters of all conditionals from all entries, ``(rows, T, size)``, in the order of the variables."""
-        entries = self.entries_of(x)
-        if self.raster:
-            theta = self.network(entries, c)
-        else:
-            theta = self.network(entries[:, self.order], c, self.network_order)[:, self.order.argsort()]
-        return theta if self.temperature == 1 else self.conditional.tempered(theta, self.temperature)
-
-    def entry_log_probs(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Log conditional of every entry, ``(rows, T)``, in the order of the variables; 0 after the end."""
-        log_prob = self.conditional.log_prob(self.parameters_of(x, c), x)
-        return log_prob if self.eos is None else torch.where(alive(x, self.eos), log_prob, 0)
-
-    def entry_volumes(self, x: Tensor) -> Tensor:
-        """Log-volume of the map from each entry of events in the user's units to the network's, ``(rows, T)``."""
-        volumes = self.coordinates.entry_volumes(x)
-        return volumes if self.units is None else volumes - self.units.scale.log()
-
-    def _volume(self) -> Tensor | float:
-        return 0.0 if self.units is None else self.units.log_scale()
-
-    def support_of_columns(self, variables: list[int]) -> constraints.Constraint | None:
-        """Where some of the entries live, as a vector, where that is not for their coordinates to say."""
-        if self.eos is not None:
-            return Sequences(self.support.tokens, self.eos, self.pad, ended=True)
-        if isinstance(self.conditional, Mixed):
-            return Mixed([self.conditional.head_of(v) for v in variables]).support
-        return None
-
-    @property
-    def levels(self) -> list[int] | None:
-        """Number of values of each entry; ``None`` if some are continuous."""
-        levels = [self.conditional.head_of(v).levels for v in range(self.features)]
-        return None if None in levels else levels

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,11 +26,8 @@ from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, ShapeError
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ..mechanism import Cost, Density, Mechanism
+from .factorization import Factorization
 from .walk import Walk
-
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
-    from .law import AutoregressiveDistribution
 
 __all__ = ["Continuation", "Imputation", "impute"]
 
@@ -48,7 +45,7 @@ class Continuation(Mechanism):
 
     density: ClassVar[Density] = Density.EXACT
 
-    def __init__(self, model: Autoregressive, k: int) -> None:
+    def __init__(self, model: Factorization, k: int) -> None:
         order = model.order
         rest = order[k:]
         super().__init__(rest.shape, (k + sum(model.context_shape),))
@@ -60,7 +57,7 @@ class Continuation(Mechanism):
         self.has_rsample, self.value_dtype = model.has_rsample, model.value_dtype
 
     @classmethod
-    def of(cls, law: AutoregressiveDistribution, prefix: Tensor) -> GenerativeDistribution:
+    def of(cls, law: GenerativeDistribution, prefix: Tensor) -> GenerativeDistribution:
         """The distribution that follows ``prefix`` ``(*batch, k)`` under a law."""
         model = law.model
         k = prefix.shape[-1] if prefix.dim() else 0
@@ -145,7 +142,7 @@ class Imputation:
 
 
 def impute(
-    law: AutoregressiveDistribution, x: Tensor, observed: Tensor, num_samples: int, num_particles: int | None
+    law: GenerativeDistribution, x: Tensor, observed: Tensor, num_samples: int, num_particles: int | None
 ) -> Imputation:
     """See :meth:`pyro_genmods.factorize.AutoregressiveDistribution.impute`."""
     model = law.model
@@ -170,7 +167,7 @@ def impute(
     return Imputation(values, (evidence + volume).reshape(lead), ess.reshape(lead))
 
 
-def _inner_point(model: Autoregressive) -> Tensor:
+def _inner_point(model: Factorization) -> Tensor:
     """An event inside the support, for entries that nobody reads."""
     dtype, device = model.place
     zero = torch.zeros(1, model.features, dtype=dtype, device=device)
@@ -178,7 +175,7 @@ def _inner_point(model: Autoregressive) -> Tensor:
 
 
 def _exactly(
-    model: Autoregressive, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int, _number: int
+    model: Factorization, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int, _number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pattern by pattern, under an order that has the observed entries first."""
     drawn, evidence = y.new_empty(num_samples, *y.shape), y.new_empty(len(y))
@@ -197,7 +194,7 @@ def _exactly(
 
 
 def _by_particles(
-    model: Autoregressive, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int, number: int
+    model: Factorization, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sequential Monte Carlo along the order, all rows and particles together; rows are the slow dimension."""
     rows = len(y)

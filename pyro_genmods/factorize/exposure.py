@@ -22,17 +22,14 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..foundation.errors import DensityError, ShapeError
+from .factorization import Factorization
+from .law import AutoregressiveDistribution
 from .sequences import alive
-
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
-    from .law import AutoregressiveDistribution
 
 __all__ = ["EntropyDrift", "ExposureBias", "entropy_drift", "exposure_bias"]
 
@@ -120,7 +117,7 @@ def exposure_bias(
     )
 
 
-def _divergences(truth: Autoregressive, model: Autoregressive, law: AutoregressiveDistribution, x: Tensor) -> Tensor:
+def _divergences(truth: Factorization, model: Factorization, law: AutoregressiveDistribution, x: Tensor) -> Tensor:
     """Mean divergence of the model's from the true conditionals after prefixes of ``x``, in the order of places."""
     _, rows, _ = law._rows(x, law.event_shape)
     here, there = (m.inside(m.coordinates.pull(rows)[0]) for m in (truth, model))

@@ -16,21 +16,19 @@ Reference:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
+from .factorization import Factorization
 from .walk import in_functorch, solve
-
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
 
 __all__ = ["attach", "push"]
 
 
-def push(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
+def push(model: Factorization, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
     """Rows of noise to rows of continuous entries, differentiable in noise, context and the network's parameters.
 
     Arguments:
@@ -45,7 +43,7 @@ def push(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto
     return _Push.apply(_Scores(model, tuple(named), method), z, c, *named.values())
 
 
-def attach(model: Autoregressive, x: Tensor, c: Tensor | None) -> Tensor:
+def attach(model: Factorization, x: Tensor, c: Tensor | None) -> Tensor:
     """Give draws of the model, made in whatever way, the gradient that they have as a push of their own noise.
 
     Arguments:
@@ -66,7 +64,7 @@ def _differentiable(*tensors: Tensor | None) -> bool:
 class _Scores(nn.Module):
     """Normal scores of all entries as a function of what they depend on."""
 
-    def __init__(self, model: Autoregressive, names: tuple[str, ...], method: str) -> None:
+    def __init__(self, model: Factorization, names: tuple[str, ...], method: str) -> None:
         super().__init__()
         self.network = model.network
         object.__setattr__(self, "model", model)

@@ -7,7 +7,6 @@ imputation, exact enumeration of small discrete spaces, entropy, and the sampler
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from torch import Tensor
 from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, ShapeError, SupportError
 from .completion import Continuation, Imputation, impute
+from .factorization import Factorization
 from .sequences import alive, all_sequences
 from .steps import Steps
-
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
 
 __all__ = ["AutoregressiveDistribution"]
 
@@ -43,7 +40,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
     """
 
     ENUMERABLE = 2**12
-    model: Autoregressive
+    model: Factorization
 
     # -- the Rosenblatt transform --------------------------------------------------------------------------------
 
@@ -207,7 +204,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
         """
         return self._with(self.model.tempered(temperature))
 
-    def _with(self, model: Autoregressive) -> AutoregressiveDistribution:
+    def _with(self, model: Factorization) -> AutoregressiveDistribution:
         new = self.expand(self.batch_shape)
         new.model = model
         return new

@@ -7,15 +7,12 @@ caches along with entries. :meth:`Steps.look_ahead` finishes every particle by t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..distribution import GenerativeDistribution
 from .walk import Walk
-
-if TYPE_CHECKING:
-    from .law import AutoregressiveDistribution
 
 __all__ = ["Step", "Steps"]
 
@@ -56,7 +53,7 @@ class Steps:
         (torch.Size([100, 3]), True)
     """
 
-    def __init__(self, law: AutoregressiveDistribution, n: int) -> None:
+    def __init__(self, law: GenerativeDistribution, n: int) -> None:
         self._law, self._shape = law, torch.Size([n]) + law.batch_shape
         _, c = law._draw_shape([n])
         like = law.model.orders.new_zeros(self._shape.numel(), law.model.features, dtype=law.model.place[0])

@@ -24,24 +24,18 @@ Reference:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..foundation.causal import CausalNetwork
+from .conditionals import Conditional
+from .factorization import Factorization
 from .sequences import finish
 
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
-    from .conditionals import Conditional
-
-__all__ = ["METHODS", "Walk", "draw", "solve"]
-
-METHODS = ("auto", "cached", "jacobi", "sequential")
+__all__ = ["Walk", "draw", "solve"]
 
 
-def solve(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
+def solve(model: Factorization, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
     """Rows of noise to rows of entries, without gradient.
 
     Arguments:
@@ -59,7 +53,7 @@ def solve(model: Autoregressive, z: Tensor, c: Tensor | None, method: str = "aut
         return _passes(model, z, c, one_by_one=method == "sequential")
 
 
-def draw(model: Autoregressive, like: Tensor, c: Tensor | None) -> Tensor:
+def draw(model: Factorization, like: Tensor, c: Tensor | None) -> Tensor:
     """Rows of entries, without gradient; cheaper than :func:`solve`, for a mixture draws a component and has no root.
 
     Arguments:
@@ -76,7 +70,7 @@ def draw(model: Autoregressive, like: Tensor, c: Tensor | None) -> Tensor:
         return walk.values()
 
 
-def _walk(model: Autoregressive, z: Tensor, c: Tensor | None) -> Tensor:
+def _walk(model: Factorization, z: Tensor, c: Tensor | None) -> Tensor:
     walk = Walk(model, z, c)
     for v in walk.places:
         walk.put(walk.head.quantile(walk.parameters(), z[:, v]))
@@ -85,7 +79,7 @@ def _walk(model: Autoregressive, z: Tensor, c: Tensor | None) -> Tensor:
     return walk.values()
 
 
-def _passes(model: Autoregressive, z: Tensor, c: Tensor | None, one_by_one: bool) -> Tensor:
+def _passes(model: Factorization, z: Tensor, c: Tensor | None, one_by_one: bool) -> Tensor:
     """Full passes; after ``n`` of them the first ``n`` places are right, with luck many more."""
     x = torch.zeros_like(z)
     for v in model.order.tolist():
@@ -100,7 +94,7 @@ def _passes(model: Autoregressive, z: Tensor, c: Tensor | None, one_by_one: bool
     return x
 
 
-def has_cache(model: Autoregressive) -> bool:
+def has_cache(model: Factorization) -> bool:
     """Whether the network has steps of its own, and does not repeat itself at each of them."""
     return type(model.network).step is not CausalNetwork.step
 
@@ -123,7 +117,7 @@ class Walk:
         position: number of entries put so far.
     """
 
-    def __init__(self, model: Autoregressive, like: Tensor, c: Tensor | None) -> None:
+    def __init__(self, model: Factorization, like: Tensor, c: Tensor | None) -> None:
         self.model, self.position, self.places = model, 0, model.order.tolist()
         self._c = c
         if c is not None:  # buffers are batched under vmap if either is

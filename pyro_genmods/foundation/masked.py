@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear, silu
 
 from .causal import Cache, CausalNetwork
 
@@ -136,20 +136,20 @@ class MADE(CausalNetwork):
         if context is None:
             return None, None
         weight = self.context_output if order is None else self.context_output[order]
-        return F.linear(context, self.context), F.linear(context, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        return linear(context, self.context), linear(context, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
     def forward(self, entries: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         weights = self._weights(order)
         self.check(len(entries), context, order, entries)
         to_first, to_output = self._context_parts(context, order)
         entries = entries.flatten(1)
-        h = F.linear(entries, weights.first, self.first_bias)
-        h = self.dropout(F.silu(h if to_first is None else h + to_first))
+        h = linear(entries, weights.first, self.first_bias)
+        h = self.dropout(silu(h if to_first is None else h + to_first))
         for weight, bias in zip(weights.hidden, self.hidden_bias, strict=True):
-            h = h + self.dropout(F.silu(F.linear(h, weight, bias)))
-        result = F.linear(h, weights.output.flatten(0, 1), weights.bias.flatten())
+            h = h + self.dropout(silu(linear(h, weight, bias)))
+        result = linear(h, weights.output.flatten(0, 1), weights.bias.flatten())
         if weights.skip is not None:
-            result = result + F.linear(entries, weights.skip.flatten(0, 1))
+            result = result + linear(entries, weights.skip.flatten(0, 1))
         result = result.unflatten(-1, (self.length, self.outputs))
         return result if to_output is None else result + to_output
 
@@ -174,15 +174,15 @@ class MADE(CausalNetwork):
             entries[:, seen - self.inputs : seen] = entry
         start, end = self.ends[t], self.ends[t + 1]
         if end > start:
-            h = F.linear(entries[:, :seen], weights.first[start:end, :seen], self.first_bias[start:end])
-            h = F.silu(h if to_first is None else h + to_first[:, start:end])
+            h = linear(entries[:, :seen], weights.first[start:end, :seen], self.first_bias[start:end])
+            h = silu(h if to_first is None else h + to_first[:, start:end])
             hidden[0][:, start:end] = h
             for layer, (weight, bias) in enumerate(zip(weights.hidden, self.hidden_bias, strict=True)):
-                h = h + F.silu(F.linear(hidden[layer][:, :end], weight[start:end, :end], bias[start:end]))
+                h = h + silu(linear(hidden[layer][:, :end], weight[start:end, :end], bias[start:end]))
                 hidden[layer + 1][:, start:end] = h
-        result = F.linear(hidden[-1][:, :end], weights.output[t, :, :end], weights.bias[t])
+        result = linear(hidden[-1][:, :end], weights.output[t, :, :end], weights.bias[t])
         if weights.skip is not None and t:
-            result = result + F.linear(entries[:, :seen], weights.skip[t, :, :seen])
+            result = result + linear(entries[:, :seen], weights.skip[t, :, :seen])
         cache.position = t + 1
         return result if to_output is None else result + to_output[:, t]
 
