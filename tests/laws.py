@@ -8,7 +8,7 @@ A row is a constructor and the facts that the constructor promises; the battery 
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from pyro_genmods.factorize import (
     Categorical,
     Conditional,
     DiscretizedLogisticMixture,
+    Ensemble,
     GaussianMixture,
     LogisticMixture,
     Mixed,
@@ -53,7 +54,7 @@ class Law:
         event_shape: shape of an event.
         density: promised honesty of ``log_prob``.
         transport: whether there are ``base``, ``push`` and ``pull``.
-        networks: name of the submodules whose calls are the declared cost; of one that has ``step``, those count too.
+        networks: names of the submodules whose calls are the declared cost; those of their ``step`` count too.
         adaptive: whether a solver decides the cost, and the rows of a batch share its steps.
         tolerance: of a log density in float32, in nats.
         exactness: of a log density in float64: rounding, or the tolerance of a quadrature or solver.
@@ -62,6 +63,7 @@ class Law:
         levels: number of values of each entry, 0 for a continuous one; empty where all are continuous.
         eos: token that ends a sequence, where events have variable length.
         integer: whether values are ``int64``.
+        enumerable: whether events are listed by ``enumerate_support``, if they are finitely many.
         sequential: whether there are ``steps()``, and uniform residuals.
         chart: bijection onto the support from where quadrature and differentiation are done; default torch's own.
         core: whether the expensive laws of the battery are asked of it in the fast half, or in the slow half alone.
@@ -75,7 +77,7 @@ class Law:
     event_shape: tuple[int, ...] = (2,)
     density: gm.Density = gm.Density.EXACT
     transport: bool = True
-    networks: str = "hyper"
+    networks: tuple[str, ...] = ("hyper",)
     adaptive: bool = False
     tolerance: float = 2e-4
     exactness: float = 1e-6
@@ -84,6 +86,7 @@ class Law:
     levels: tuple[int, ...] = ()
     eos: int | None = None
     integer: bool = False
+    enumerable: bool = True
     sequential: bool = False
     chart: Transform | None = None
     core: bool = True
@@ -105,14 +108,18 @@ class Law:
         return (shape if self.discrete else torch.Size(biject_to(self.support).inverse_shape(shape))).numel()
 
     @property
-    def events(self) -> int:
-        """Number of different events, 0 if there are infinitely many."""
-        if not self.levels or not all(self.levels):
-            return 0
-        if self.eos is None:
-            return math.prod(self.levels)
-        others, length = self.levels[0] - 1, len(self.levels)
-        return sum(others**t for t in range(length)) + others**length
+    def finite(self) -> bool:
+        """Whether all entries are discrete."""
+        return self.discrete and all(self.levels)
+
+    def events(self) -> Tensor:
+        """All different events ``(number, *event_shape)`` of a finite law."""
+        rows = itertools.product(*map(range, self.levels))
+        if self.eos is not None:  # what is beyond the first end may be anything, and is cut off
+            rows = {row[: (*row, self.eos).index(self.eos) + 1] for row in rows}
+            pad = self.support.pad
+            rows = sorted((*row, *[pad] * (len(self.levels) - len(row))) for row in rows)
+        return torch.tensor(list(rows)).reshape(-1, *self.event_shape)
 
     def make(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> gm.GenerativeModel:
         """A model of its own, the same every time; ODEs are solved more tightly in double precision."""
@@ -253,8 +260,21 @@ def autoregressive(
         return model
 
     shape = (features,) if isinstance(features, int) else features
-    promised = {"support": support or REAL, "event_shape": shape, "networks": "network", "sequential": True}
+    promised = {"support": support or REAL, "event_shape": shape, "networks": ("network",), "sequential": True}
     return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
+def ensemble(name: str, *members: Law, facts: dict[str, Any] | None = None) -> Law:
+    """A row of ``gm.factorize.Ensemble`` of the models of other rows, of unequal weights."""
+
+    def build() -> Ensemble:
+        models = [member.build() for member in members]
+        return Ensemble(models, weights=[1.0 + k for k in range(len(models))])
+
+    first = members[0]
+    promised = {"support": first.support, "event_shape": first.event_shape, "levels": first.levels}
+    promised |= {"transport": False, "integer": first.integer, "enumerable": False, "networks": ("network", "hyper")}
+    return Law(name, build, context=first.context, **{**promised, **(facts or {})})
 
 
 def grid() -> Iterator[Law]:
@@ -444,6 +464,28 @@ LAWS: tuple[Law, ...] = (
     ),
     autoregressive("own-network", GaussianMixture(2), lambda: Own(2, 1, 6)),
     autoregressive("own-network-context", LogisticMixture(2), lambda: Own(3, 1, 6, 2), features=3, context=2),
+    ensemble(
+        "ensemble",
+        autoregressive("", GaussianMixture(2)),
+        autoregressive("", Spline(4), "gru", order=[1, 0]),
+        flow("", F.NSF, **SPLINE),
+    ),
+    ensemble(
+        "ensemble-positive-context",
+        autoregressive("", GaussianMixture(2), context=2, support=constraints.positive),
+        autoregressive("", LogisticMixture(2), "transformer", context=2, support=constraints.positive),
+        facts={"standardized": True},
+    ),
+    ensemble(
+        "ensemble-tokens-context",
+        autoregressive("", Categorical(3), context=2, facts=OF_TOKENS),
+        autoregressive("", Categorical(3), "transformer", context=2, order=[1, 0]),
+    ),
+    ensemble(
+        "ensemble-columns",
+        autoregressive("", HEADS["columns"][0], features=3, roughness=0.15, facts=OF_COLUMNS),
+        autoregressive("", HEADS["columns"][0], "gru", features=3, roughness=0.15, order=[2, 0, 1]),
+    ),
 )
 
 

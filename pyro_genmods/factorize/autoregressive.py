@@ -29,7 +29,7 @@ from torch.distributions import constraints
 
 from ..contract import Cost, Density
 from ..coordinates import Standardization
-from ..foundation.causal import CausalNetwork, check_causal
+from ..foundation.causal import CausalNetwork, check_causal, transformed
 from ..foundation.errors import DensityError
 from ..foundation.masked import MADE
 from ..foundation.networks import place_of
@@ -43,7 +43,7 @@ from .implicit import attach, push
 from .law import AutoregressiveDistribution
 from .mixed import Mixed
 from .mixtures import LogisticMixture
-from .walk import draw, has_cache, in_functorch, solve
+from .walk import draw, has_cache, solve
 
 __all__ = ["Autoregressive"]
 
@@ -67,7 +67,8 @@ class Autoregressive(Factorization):
         eos: token that ends a sequence; events then have variable length up to ``features``.
         pad: what follows ``eos``; default ``eos`` itself, else a number outside the vocabulary.
         max_length: another name of ``features`` for sequences of variable length.
-        width, layers, heads, dropout: of the network; ``None`` for its own default.
+        width, layers, heads, dropout: of the network; ``None`` for its own default. ``layers=0`` makes ``"made"`` a
+            generalised linear model of each entry.
         sampling: ``"cached"``, ``"jacobi"``, ``"sequential"``, or ``"auto"``, see :mod:`pyro_genmods.factorize.walk`.
 
     Shape:
@@ -114,7 +115,7 @@ class Autoregressive(Factorization):
         sampling: Literal["auto", "cached", "jacobi", "sequential"] = "auto",
     ) -> None:
         conditional = LogisticMixture(8) if conditional is None else conditional
-        shape = event_shape_of(features, max_length)
+        shape = event_shape_of(features, max_length, context_features)
         where, native = support_of(conditional, shape, support, eos, pad)
         super().__init__(shape, (context_features,) if context_features else (), where, native)
         self.conditional, self.temperature = conditional, 1.0
@@ -130,11 +131,11 @@ class Autoregressive(Factorization):
         self.takes_order = orders > 1 or orderless
         self.raster = order is None and not self.takes_order
         self.has_rsample = not conditional.discrete and orders == 1
-        options = {"width": width, "layers": layers, "heads": heads, "dropout": dropout}
-        if isinstance(network, nn.Module):
-            self.network = self._given(network)
-        else:
-            self.network = self._built(network, {k: v for k, v in options.items() if v is not None})
+        options = {"width": width, "layers": layers, "heads": heads, "dropout": dropout or None}
+        options = {name: value for name, value in options.items() if value is not None}
+        self.network = (
+            self._given(network, options) if isinstance(network, nn.Module) else self._built(network, options)
+        )
         self.units = Standardization(self.features) if native and self.levels is None else None
         self.to(*reversed(place_of(self.network)))
         if isinstance(network, nn.Module):
@@ -169,7 +170,9 @@ class Autoregressive(Factorization):
         built.start_at(start)
         return built
 
-    def _given(self, network: nn.Module) -> CausalNetwork:
+    def _given(self, network: nn.Module, options: dict[str, Any]) -> CausalNetwork:
+        if options:
+            raise TypeError(f"{', '.join(options)}: your own network has its own sizes; leave the options out.")
         if isinstance(network, CausalNetwork):
             return network
         if self.takes_order:
@@ -210,9 +213,9 @@ class Autoregressive(Factorization):
             return super().loss(x, context)
         model = self
         if self.orderless:
-            model = self.under(torch.randperm(self.features, device=self.orders.device))
+            model = self._under(torch.randperm(self.features, device=self.orders.device))
         elif self.takes_order:
-            model = self.under(self.orders[int(torch.randint(len(self.orders), ()))])
+            model = self._under(self.orders[int(torch.randint(len(self.orders), ()))])
         self.network.train()
         try:
             return super(Autoregressive, model).loss(x, context)
@@ -238,7 +241,7 @@ class Autoregressive(Factorization):
         if len(self.orders) == 1:
             return self.entry_log_probs(self.inside(y), c).sum(-1) - self._volume()
         y = self.inside(y)
-        each = [self.under(order).entry_log_probs(y, c).sum(-1) for order in self.orders]
+        each = [self._under(order).entry_log_probs(y, c).sum(-1) for order in self.orders]
         return torch.stack(each).logsumexp(0) - math.log(len(each)) - self._volume()
 
     def push_rows(self, z: Noise, c: Context | None) -> Rows:
@@ -264,7 +267,7 @@ class Autoregressive(Factorization):
         for s, order in enumerate(self.orders):
             index = (which == s).nonzero().flatten()
             if len(index):
-                x[index] = self.under(order)._drawn(z[index], None if c is None else c[index])
+                x[index] = self._under(order)._drawn(z[index], None if c is None else c[index])
         return x
 
     def sample_and_log_prob_rows(self, rows: int, c: Context | None) -> tuple[Rows, Values]:
@@ -273,7 +276,7 @@ class Autoregressive(Factorization):
 
     def _drawn(self, z: Tensor, c: Tensor | None) -> Tensor:
         """As many draws as there are rows of noise, which is used only where it costs no more than other noise."""
-        if self.sampling not in ("auto", "cached") or not has_cache(self) or in_functorch(z):
+        if self.sampling not in ("auto", "cached") or not has_cache(self) or transformed():
             return self.push_rows(z, c)
         x = draw(self, z, c)
         return self.outside(x if self.conditional.discrete else attach(self, x, c))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..distribution import GenerativeDistribution
-from ..foundation.errors import DensityError, ShapeError
+from ..foundation.errors import DensityError, ShapeError, SupportError
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ..mechanism import Cost, Density, Mechanism
 from .factorization import Factorization
@@ -73,7 +73,15 @@ class Continuation(Mechanism):
             context = torch.cat([context.expand((*batch, k)), law.context.expand(batch + model.context_shape)], -1)
         elif law.batch_shape:
             context = context.expand((*torch.broadcast_shapes(context.shape[:-1], law.batch_shape), k))
-        return GenerativeDistribution(cls(model, k), context, validate_args=law._validate_args)
+        rest = cls(model, k)
+        if law._validate_args:
+            where = model.support if model.eos is not None else rest.prefix_coordinates.support
+            inside = where.check(context[..., :k])
+            if not bool(inside.all()):
+                raise SupportError(
+                    f"prefix: {context[..., :k][~inside][:4].tolist()} lies outside the support {where}."
+                )
+        return GenerativeDistribution(rest, context, validate_args=law._validate_args)
 
     @property
     def cost(self) -> Cost:
@@ -150,16 +158,32 @@ def impute(
         raise ValueError(f"num_samples: got {num_samples}, needs at least 1.")
     if model.eos is not None:
         raise DensityError("impute: the length of a sequence may hang on what is missing; condition(prefix) instead.")
-    observed = observed.to(torch.bool).expand(torch.broadcast_shapes(x.shape, observed.shape))
+    if num_particles is not None and num_particles < 1:
+        raise ValueError(f"num_particles: got {num_particles}, needs at least 1.")
+    split = x.dim() - len(law.event_shape)
+    fits = observed.dim() <= x.dim() and all(
+        a in (1, b) for a, b in zip(observed.shape[::-1], x.shape[::-1], strict=False)
+    )
+    if split < 0 or x.shape[split:] != law.event_shape or not fits:
+        raise ShapeError(
+            f"observed: got x {tuple(x.shape)} and observed {tuple(observed.shape)}, needs (*lead, "
+            f"{', '.join(map(str, law.event_shape))}) and a shape that expands to it."
+        )
+    observed = observed.to(torch.bool).expand(x.shape)
     filled = torch.where(observed, x, _inner_point(model).to(x))
     lead, rows, c = law._rows(filled, law.event_shape)
     known = observed.expand(lead + law.event_shape).reshape(len(rows), -1)
-    y, _ = model.coordinates.pull(rows)
+    y, inside = model.coordinates.pull(rows)
+    if isinstance(inside, Tensor) and not bool(inside.isfinite().all()):
+        raise SupportError(
+            f"x: observed entries of {int((~inside.isfinite()).sum())} event(s) are NaN or outside the support "
+            f"{model.support}; mark them as missing, or correct them."
+        )
     y = model.inside(y)
     with torch.no_grad():
         volume = torch.where(known, model.entry_volumes(rows), 0).sum(-1)
         fill = _exactly if model.orderless else _by_particles
-        number = num_samples if model.orderless else max(num_particles or 256, num_samples)
+        number = num_samples if model.orderless else max(256 if num_particles is None else num_particles, num_samples)
         drawn, evidence, ess = fill(model, y, known, c, num_samples, number)
         values, _ = model.coordinates.push(model.outside(drawn.flatten(0, 1)))
     values = law._as_values(values).reshape(num_samples, *lead, *law.event_shape)
@@ -182,7 +206,7 @@ def _exactly(
     patterns, which = known.unique(dim=0, return_inverse=True)
     for p, pattern in enumerate(patterns):
         index = (which == p).nonzero().flatten()
-        view = model.under(torch.cat([pattern.nonzero().flatten(), (~pattern).nonzero().flatten()]))
+        view = model._under(torch.cat([pattern.nonzero().flatten(), (~pattern).nonzero().flatten()]))
         some, context = y[index], None if c is None else c[index]
         evidence[index] = torch.where(pattern, view.entry_log_probs(some, context), 0).sum(-1)
         walk = Walk(view, some.repeat(num_samples, 1), None if context is None else context.repeat(num_samples, 1))

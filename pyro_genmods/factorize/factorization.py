@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from ..contract import GenerativeModel
 from ..coordinates import Standardization
 from ..foundation.causal import CausalNetwork
-from ..foundation.errors import DensityError
+from ..foundation.errors import DensityError, ShapeError
 from .conditionals import Conditional
 from .mixed import Mixed
 from .sequences import Sequences, alive
@@ -89,7 +89,20 @@ class Factorization(GenerativeModel):
 
         Arguments:
             order: permutation ``(T,)``; one of ``orders``, or any if the model is orderless.
+
+        Raises:
+            ShapeError: ``order`` is no permutation.
+            DensityError: the model was never trained under it.
         """
+        if order.shape != self.orders.shape[1:] or not torch.equal(order.sort().values, self.orders[0].sort().values):
+            raise ShapeError(f"order: got {order.tolist()[:16]}, needs a permutation of 0, ..., {self.features - 1}.")
+        if not self.orderless and not bool((order == self.orders).all(-1).any()):
+            raise DensityError(
+                f"order: got {order.tolist()[:16]}, which is none of the model's own; train one with orderless=True."
+            )
+        return self._under(order)
+
+    def _under(self, order: Tensor) -> Factorization:
         view = self._view()
         view._buffers["orders"] = order[None]
         view.has_rsample = not self.conditional.discrete

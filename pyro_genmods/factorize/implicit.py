@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
+from ..foundation.causal import transformed
 from .factorization import Factorization
-from .walk import in_functorch, solve
+from .walk import solve
 
 __all__ = ["attach", "push"]
 
@@ -38,7 +39,7 @@ def push(model: Factorization, z: Tensor, c: Tensor | None, method: str = "auto"
         method: of :func:`pyro_genmods.factorize.walk.solve`.
     """
     named = dict(model.network.named_parameters())
-    if not (_differentiable(z, c, *named.values()) or in_functorch(z)):
+    if not (_differentiable(z, c, *named.values()) or transformed()):
         return solve(model, z, c, method)
     return _Push.apply(_Scores(model, tuple(named), method), z, c, *named.values())
 
@@ -132,6 +133,6 @@ def _solve_transposed(
     v = g / slope
     for _ in range(x.shape[1] - 1):
         before, v = v, (g - by_others(v)[0]) / slope
-        if not in_functorch(v) and bool(((v - before).abs() <= 4 * torch.finfo(v.dtype).eps * v.abs()).all()):
+        if not transformed() and bool(((v - before).abs() <= 4 * torch.finfo(v.dtype).eps * v.abs()).all()):
             break
     return v

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Size, Tensor
 
 from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, ShapeError, SupportError
@@ -42,6 +43,12 @@ class AutoregressiveDistribution(GenerativeDistribution):
     ENUMERABLE = 2**12
     model: Factorization
 
+    @property
+    def base(self) -> TorchDistributionMixin:
+        """Law of the noise, standard normal; refused where the law averages over orders and is no pushforward."""
+        assert self.model.order is not None
+        return super().base
+
     # -- the Rosenblatt transform --------------------------------------------------------------------------------
 
     def rosenblatt(self, x: Tensor, v: Tensor | None = None) -> Tensor:
@@ -66,7 +73,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
         lead, rows, c = self._rows(x, self.event_shape)
         y, _ = model.coordinates.pull(rows)
         y = model.inside(y)
-        v = torch.rand_like(y) if v is None else v.expand(lead + y.shape[1:]).reshape(y.shape).to(y)
+        v = torch.rand_like(y) if v is None else _unit_noise(v, lead + y.shape[1:]).reshape(y.shape).to(y)
         u = model.conditional.pit(model.parameters_of(y, c), y, v)
         if model.eos is not None:
             u = torch.where(alive(y, model.eos), u, v)
@@ -82,12 +89,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
         Raises:
             SupportError: an entry outside ``(0, 1)``.
         """
-        outside = ~((u > 0) & (u < 1))
-        if bool(outside.any()):
-            raise SupportError(
-                f"u: {int(outside.sum())} entries are NaN or outside (0, 1), e.g. {u[outside].flatten()[:4].tolist()}; "
-                "clamp them to the open interval."
-            )
+        _check_unit("u", u)
         law = self if method is None else self._with(self.model.sampled_by(method))
         return law.push(torch.special.ndtri(u))
 
@@ -155,6 +157,8 @@ class AutoregressiveDistribution(GenerativeDistribution):
         Arguments:
             num_samples: draws to average over.
         """
+        if num_samples < 1:
+            raise ValueError(f"num_samples: got {num_samples}, needs at least 1.")
         with torch.no_grad():
             if self.has_enumerate_support:
                 log_prob = self.log_prob(self.enumerate_support())
@@ -214,3 +218,20 @@ class AutoregressiveDistribution(GenerativeDistribution):
         if n < 1:
             raise ValueError(f"n: got {n}, needs at least one particle.")
         return Steps(self, n)
+
+
+def _check_unit(name: str, u: Tensor) -> None:
+    outside = ~((u > 0) & (u < 1))
+    if bool(outside.any()):
+        raise SupportError(
+            f"{name}: {int(outside.sum())} entries are NaN or outside (0, 1), e.g. {u[outside].flatten()[:4].tolist()};"
+            " clamp them to the open interval."
+        )
+
+
+def _unit_noise(v: Tensor, shape: Size) -> Tensor:
+    _check_unit("v", v)
+    try:
+        return v.expand(shape)
+    except RuntimeError as error:
+        raise ShapeError(f"v: got shape {tuple(v.shape)}, needs {tuple(shape)}, a number for each entry.") from error

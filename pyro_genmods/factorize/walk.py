@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..foundation.causal import CausalNetwork
+from ..foundation.causal import CausalNetwork, transformed
 from .conditionals import Conditional
 from .factorization import Factorization
 from .sequences import finish
@@ -88,7 +88,7 @@ def _passes(model: Factorization, z: Tensor, c: Tensor | None, one_by_one: bool)
             new = finish(new, model.eos, model.pad)
         if one_by_one:
             new = torch.where(torch.arange(z.shape[1], device=z.device) == v, new, x)
-        elif not in_functorch(z) and torch.equal(new, x):
+        elif not transformed() and torch.equal(new, x):
             break
         x = new
     return x
@@ -97,11 +97,6 @@ def _passes(model: Factorization, z: Tensor, c: Tensor | None, one_by_one: bool)
 def has_cache(model: Factorization) -> bool:
     """Whether the network has steps of its own, and does not repeat itself at each of them."""
     return type(model.network).step is not CausalNetwork.step
-
-
-def in_functorch(x: Tensor) -> bool:
-    """Whether a tensor is seen through ``torch.vmap`` or ``torch.func``, where no branch may depend on its values."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class Walk:
@@ -119,7 +114,7 @@ class Walk:
 
     def __init__(self, model: Factorization, like: Tensor, c: Tensor | None) -> None:
         self.model, self.position, self.places = model, 0, model.order.tolist()
-        self._c = c
+        self._network, self._temperature, self._eos, self._c = model.network, model.temperature, model.eos, c
         if c is not None:  # buffers are batched under vmap if either is
             like = torch.zeros_like(like) + torch.zeros_like(c[:, :1])
         self._x = like.new_zeros(like.shape)
@@ -133,27 +128,29 @@ class Walk:
 
     def parameters(self) -> Tensor:
         """Parameters of the next entry, ``(rows, size)``."""
-        theta = self.model.network.step(self._cache, self._entry)[..., : self.head.size]
-        return theta if self.model.temperature == 1 else self.head.tempered(theta, self.model.temperature)
+        head = self.head
+        theta = self._network.step(self._cache, self._entry)[..., : head.size]
+        return theta if self._temperature == 1 else head.tempered(theta, self._temperature)
 
     def put(self, x: Tensor) -> None:
         """Set the next entry, ``(rows,)``."""
         v = self.places[self.position]
-        if self.model.eos is not None:
+        if self._eos is not None:
             x = torch.where(self.has_ended(), self.model.pad, x)
-        self._x[:, v] = x.to(self._x.dtype)
-        self._entry = self.model.entry_of(self._x[:, v], v)
+        x = x.to(self._x.dtype)
+        self._x[:, v] = x
+        self._entry = self.model.entry_of(x, v)
         self.position += 1
 
     def has_ended(self) -> Tensor:
         """Which rows are sequences that have ended, ``(rows,)``."""
-        if self.model.eos is None:
+        if self._eos is None:
             return torch.zeros(len(self._x), dtype=torch.bool, device=self._x.device)
-        return (self._x[:, : self.position] == self.model.eos).any(-1)
+        return (self._x[:, : self.position] == self._eos).any(-1)
 
     def all_ended(self) -> bool:
         """Whether all rows are sequences that have ended; the rest of them is then padded."""
-        if self.model.eos is None or in_functorch(self._x) or not bool(self.has_ended().all()):
+        if self._eos is None or transformed() or not bool(self.has_ended().all()):
             return False
         self._x[:, self.position :] = self.model.pad
         return True

@@ -161,28 +161,30 @@ class MADE(CausalNetwork):
         buffers = [like.new_zeros(rows, self.length * self.inputs)]
         buffers += [like.new_zeros(rows, self.width) for _ in range(max(self.layers, 1))]
         context_parts = [] if to_first is None or to_output is None else [to_first, to_output]
-        return Cache(0, [*buffers, *context_parts], tuple(self._weights(order)))
+        weights, biases = self._weights(order), tuple(self.hidden_bias)
+        return Cache(0, [*buffers, *context_parts], (weights, self.first_bias, biases, self.ends))
 
     def step(self, cache: Cache, entry: Tensor | None) -> Tensor:
         self.check_step(cache, entry)
-        weights, t = _Weights(*cache.shared), cache.position
-        entries, *rest = cache.rows
-        hidden, context_parts = rest[: max(self.layers, 1)], rest[max(self.layers, 1) :]
-        to_first, to_output = context_parts or (None, None)
-        seen = t * self.inputs
+        (first, hidden_weights, output, skip, bias), first_bias, biases, ends = cache.shared
+        t, rows = cache.position, cache.rows
+        to_first, to_output = rows[len(biases) + 2 :] or (None, None)
+        seen, start, end = t * self.inputs, ends[t], ends[t + 1]
+        entries, h = rows[0], rows[1]
         if entry is not None:
             entries[:, seen - self.inputs : seen] = entry
-        start, end = self.ends[t], self.ends[t + 1]
+        entries = entries[:, :seen]
         if end > start:
-            h = linear(entries[:, :seen], weights.first[start:end, :seen], self.first_bias[start:end])
-            h = silu(h if to_first is None else h + to_first[:, start:end])
-            hidden[0][:, start:end] = h
-            for layer, (weight, bias) in enumerate(zip(weights.hidden, self.hidden_bias, strict=True)):
-                h = h + silu(linear(hidden[layer][:, :end], weight[start:end, :end], bias[start:end]))
-                hidden[layer + 1][:, start:end] = h
-        result = linear(hidden[-1][:, :end], weights.output[t, :, :end], weights.bias[t])
-        if weights.skip is not None and t:
-            result = result + linear(entries[:, :seen], weights.skip[t, :, :seen])
+            new = linear(entries, first[start:end, :seen], first_bias[start:end])
+            new = silu(new if to_first is None else new + to_first[:, start:end])
+            h[:, start:end] = new
+            for layer, (weight, offset) in enumerate(zip(hidden_weights, biases, strict=True)):
+                new = new + silu(linear(h[:, :end], weight[start:end, :end], offset[start:end]))
+                h = rows[layer + 2]
+                h[:, start:end] = new
+        result = linear(rows[len(biases) + 1][:, :end], output[t, :, :end], bias[t])
+        if skip is not None and t:
+            result = result + linear(entries, skip[t, :, :seen])
         cache.position = t + 1
         return result if to_output is None else result + to_output[:, t]
 

@@ -28,7 +28,7 @@ from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 from torch.distributions import Independent
 
-from ..foundation.errors import DensityError, SlowDirectionWarning
+from ..foundation.errors import DensityError, ModelError, SlowDirectionWarning
 
 __all__ = ["PushforwardReparam"]
 
@@ -43,8 +43,13 @@ class PushforwardReparam(Reparam):
     Values that an initialisation strategy proposes for ``name`` are pulled back where that is possible, else the
     strategy initialises the noise.
 
+    Arguments:
+        discrete: allow sites with discrete values. Their noise has a posterior but its density is a staircase, without
+            a gradient: samplers that follow gradients crawl, ``infer.SMC`` with elliptical slice moves does not.
+
     Raises:
         TypeError: the site's distribution is not a pushforward.
+        ModelError: the site has discrete values, and ``discrete`` was not said.
         DensityError: the site is observed and the pushforward has no density or no inverse.
 
     Example:
@@ -60,6 +65,9 @@ class PushforwardReparam(Reparam):
         ['x_base']
     """
 
+    def __init__(self, discrete: bool = False) -> None:
+        self.discrete = discrete
+
     def apply(self, msg: dict[str, Any]) -> dict[str, Any]:
         """Replace the site; called by ``pyro.poutine.reparam``."""
         name, fn, value = msg["name"], msg["fn"], msg["value"]
@@ -69,6 +77,12 @@ class PushforwardReparam(Reparam):
         base = wrap(law.base)
         if msg["is_observed"]:
             return self._observe(name, fn, law, base, value)
+        if fn.support.is_discrete and not self.discrete:
+            raise ModelError(
+                f"site {name!r}: has discrete values, so that the density of its noise has no gradient; sum it out by "
+                "enumeration if it is small, use SVI with score-function gradients, or infer.SMC(..., "
+                "moves='elliptical') with PushforwardReparam(discrete=True), which needs none."
+            )
         _warn_if_slow(name, law)
         noise = _noise_of(law, value)
         z = pyro.sample(f"{name}_base", base, obs=noise, infer={"is_observed": False})
