@@ -43,6 +43,7 @@ SMALL = {
     "gru": {"width": 8, "layers": 2},
 }
 NETWORKS = tuple(SMALL)
+CHEAPEST_FIRST = ["made", *(pytest.param(name, marks=SLOW) for name in ("transformer", "gru"))]
 CONTINUOUS = {
     "gaussian": GaussianMixture(1),
     "gaussians": GaussianMixture(3),
@@ -219,7 +220,7 @@ def grid(low: float, high: float, n: int) -> tuple[Tensor, float]:
     return low + step * (torch.arange(n, dtype=DOUBLE) + 0.5), step
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", CHEAPEST_FIRST)
 @pytest.mark.parametrize("name", ["gaussians", "logistics", "spline"])
 def test_the_mass_of_continuous_laws(name, network):
     """On positive numbers with units of their own, under an order, by quadrature in logarithms."""
@@ -281,7 +282,7 @@ def slope_along(f: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor, st
         return (8 * near - far) / (12 * step)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", CHEAPEST_FIRST)
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_gradients_of_draws_against_differences(name, network):
     """In noise, context and every parameter of the network; errors relative to the gradient."""
@@ -383,7 +384,7 @@ def test_gradients_of_draws_under_vmap(network, method):
 
 
 @pytest.mark.parametrize("method", ["cached", "jacobi"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", CHEAPEST_FIRST)
 @pytest.mark.parametrize("head", TRACED)
 def test_gradients_of_draws_can_be_traced(head, network, method):
     gradient, z, c = functional(head, network, method)

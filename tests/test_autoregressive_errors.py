@@ -1,4 +1,4 @@
-"""What an autoregressive model refuses: the right class, and a message with the argument, what was got, and the remedy."""
+"""What an autoregressive model refuses: the right class, and words for the argument, what was got, and the remedy."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from .autoregressive import Autoregressive
 from .conditionals import Bernoulli, Categorical, Conditional
+from .continuous_mixture import ContinuousMixture
 from .discretized import DiscretizedLogisticMixture
 from .ensemble import Ensemble
 from .exposure import entropy_drift, exposure_bias
@@ -15,6 +16,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Conditional",
+    "ContinuousMixture",
     "DiscretizedLogisticMixture",
     "Ensemble",
     "GaussianMixture",

@@ -68,7 +68,8 @@ def event_shape_of(features: int | Sequence[int] | None, max_length: int | None,
     """Shape of an event.
 
     Raises:
-        ShapeError: none or both are given, or a size is no positive integer, or that of the context is negative.
+        ShapeError: none or both are given, or a size is no positive integer.
+        ValueError: the size of the context is negative.
 
     Example:
         >>> event_shape_of((28, 28), None), event_shape_of(None, 10)
@@ -79,9 +80,9 @@ def event_shape_of(features: int | Sequence[int] | None, max_length: int | None,
             f"features: got features={features} and max_length={max_length}; give one of them, the number of entries."
         )
     if context_features < 0:
-        raise ShapeError(f"context_features: got {context_features}, needs 0 for no context, or its width.")
+        raise ValueError(f"context_features: got {context_features}, needs 0 for no context, or its width.")
     shape = features if max_length is None else max_length
-    dims = (shape,) if isinstance(shape, int) else tuple(shape)
+    dims = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if not dims or not all(isinstance(n, int) and n > 0 for n in dims):
         raise ShapeError(f"features: got {shape}, needs a positive number, or the shape of an event.")
     return Size(dims)

@@ -175,9 +175,10 @@ def impute(
     known = observed.expand(lead + law.event_shape).reshape(len(rows), -1)
     y, inside = model.coordinates.pull(rows)
     if isinstance(inside, Tensor) and not bool(inside.isfinite().all()):
+        bad = torch.where(known, rows.flatten(1), torch.nan)[~inside.isfinite()]
         raise SupportError(
-            f"x: observed entries of {int((~inside.isfinite()).sum())} event(s) are NaN or outside the support "
-            f"{model.support}; mark them as missing, or correct them."
+            f"x: observed entries of {len(bad)} event(s) are NaN or outside the support {model.support}, the first "
+            f"{bad[0, :8].tolist()} (missing ones as nan); mark them as missing, or correct them."
         )
     y = model.inside(y)
     with torch.no_grad():
