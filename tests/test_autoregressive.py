@@ -639,7 +639,7 @@ def test_the_evidence_by_particles_is_unbiased(pattern):
     model = build(4, Categorical(3), "made", 0.6, order=[1, 0, 3, 2])
     table = everything(3, 3, 3, 3).to(torch.int64)
     x, seen = torch.tensor([0, 2, 1, 1]), torch.tensor(pattern, dtype=torch.bool)
-    p = model().log_prob(table).exp()
+    p = model().log_prob(table).exp().detach()
     evidence, truth = posterior(p, table, x, seen)
     few = model().impute(x.expand(400, 4), seen, num_particles=6)
     assert few.log_evidence.std() > 0, "nothing to average"
@@ -649,8 +649,7 @@ def test_the_evidence_by_particles_is_unbiased(pattern):
     assert_counts(counts_of(many.values[0], table), truth, "draws")
 
 
-@pytest.mark.parametrize("network", ["transformer", "gru"])
-def test_gaps_in_a_gaussian_chain(network):
+def test_gaps_in_a_gaussian_chain():
     """Continuous entries, in units of their own: the conditional Gaussian; gaps at the end cost no particles."""
     model = chain(4)
     model.standardize(1 + 3 * torch.randn(50, 4, dtype=DOUBLE))

@@ -24,7 +24,7 @@ from .linear_gaussian import assert_chain, assert_guide, chain_mean, fit, guide_
 from .linear_gaussian import chain as run_chain
 from .statistics import assert_counts
 from .test_autoregressive import DOUBLE, SLOW, build, chain, chain_covariance, counts_of, everything, sequences
-from .test_posteriors import quadrature
+from .test_posteriors import ROUGHLY, quadrature
 
 NOISE = 0.5
 
@@ -64,11 +64,11 @@ def test_pyro_nuts_on_many_copies(space):
     y = measurements(16)
     truth, program = truth_of(y), plated(MODEL)
     if space == "data":
-        x = run_chain(program, y, draws=700)["x"]
+        x = run_chain(program, y, draws=280)["x"]
     else:
-        z = run_chain(noisy(program), y, draws=700)["x_base"]
+        z = run_chain(noisy(program), y, draws=280)["x_base"]
         x = PRIOR().push(z)
-    assert_chain(x, truth.mean, truth.covariance_matrix)
+    assert_chain(x, truth.mean, truth.covariance_matrix, ROUGHLY)
 
 
 @pytest.mark.parametrize("space", ["data", "noise"])
@@ -127,7 +127,7 @@ def test_a_prior_of_mixtures_against_quadrature(head):
     axes = [torch.linspace(float(y[:, i].min()) - 4, float(y[:, i].max()) + 4, 400, dtype=DOUBLE) for i in range(2)]
     mean, covariance = quadrature(log_joint, *axes)
     found = run_chain(plated(model), y, draws=300, max_tree_depth=5)["x"]
-    assert_chain(found, mean, covariance, 0.09)
+    assert_chain(found, mean, covariance, ROUGHLY)
 
 
 # -- a likelihood of sequences -----------------------------------------------------------------------------------------
@@ -176,32 +176,37 @@ def test_nuts_with_a_discrete_likelihood(name):
     assert abs(spread - sd**2) < 4 * error
 
 
-def best_gaussian(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and scale of the Gaussian ``q`` of least ``KL(q, p)``, by quadrature."""
+def divergence(log_p: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """``KL(N(m, s^2), p)`` by quadrature."""
+    log_q = dist.Normal(m, s).log_prob(GRID).log_softmax(0)
+    return (log_q.exp() * (log_q - log_p)).sum()
+
+
+def least_divergence(log_p: Tensor) -> float:
+    """That of the best Gaussian."""
     m, s = torch.zeros((), dtype=DOUBLE, requires_grad=True), torch.zeros((), dtype=DOUBLE, requires_grad=True)
     optimizer = torch.optim.LBFGS([m, s], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        log_q = dist.Normal(m, s.exp()).log_prob(GRID).log_softmax(0)
-        divergence = (log_q.exp() * (log_q - log_p)).sum()
-        divergence.backward()
-        return divergence
+        value = divergence(log_p, m, s.exp())
+        value.backward()
+        return value
 
     optimizer.step(closure)
-    return m.detach(), s.exp().detach()
+    return float(divergence(log_p, m, s.exp()).detach())
 
 
-@pytest.mark.parametrize("name", ["categorical", pytest.param("bernoulli", marks=SLOW)])
-def test_svi_with_a_discrete_likelihood(name):
-    """The guide ends at the best Gaussian."""
+@pytest.mark.parametrize(("name", "steps"), [("categorical", 600), pytest.param("bernoulli", 2000, marks=SLOW)])
+def test_svi_with_a_discrete_likelihood(name, steps):
+    """The guide ends within a hundredth of a nat of the best Gaussian."""
     law = LIKELIHOODS[name]()
     x = law(torch.full((12, 1), 0.8, dtype=DOUBLE)).sample()
-    m, s = best_gaussian(posterior_of(law, x))
-    program = caused(law)
+    log_p, program = posterior_of(law, x), caused(law)
     guide = AutoNormal(program, init_scale=0.5)
-    fit(program, guide, x, steps=600, rate=0.1, plates=1)
-    assert abs(guide.locs.c - m) < 0.05 * s and abs(guide.scales.c / s - 1) < 0.05
+    fit(program, guide, x, steps=steps, rate=0.1, plates=1)
+    found = float(divergence(log_p, guide.locs.c, guide.scales.c).detach())
+    assert found - least_divergence(log_p) < 0.01
 
 
 # -- discrete latents --------------------------------------------------------------------------------------------------

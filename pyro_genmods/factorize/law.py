@@ -46,7 +46,7 @@ class AutoregressiveDistribution(GenerativeDistribution):
     @property
     def base(self) -> TorchDistributionMixin:
         """Law of the noise, standard normal; refused where the law averages over orders and is no pushforward."""
-        assert self.model.order is not None
+        _ = self.model.order
         return super().base
 
     # -- the Rosenblatt transform --------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ Student    :math:`c (1 + t^2/\nu)^{-(\nu+1)/2}`   closed for :math:`\nu = 1, \do
 
 The quantile of one component is closed, :math:`m + s\,G^{-1}(\Phi(z))`. That of a mixture lies between the least and
 the largest of its components' quantiles, where Chandrupatla's method solves :math:`\log F(x) = \log \Phi(z)` in the
-smaller tail: in a fixed number of steps where ``vmap``, a tracer or a CUDA graph must not branch on values, and until
-the last bracket has closed elsewhere.
+smaller tail until the last bracket has closed (in a fixed number of steps in a CUDA graph). Tracers and ``vmap`` see
+one operation.
 
 References:
     C. M. Bishop, Mixture density networks, 1994, Aston University NCRG/94/004. T. Salimans, A. Karpathy, X. Chen, D. P.
@@ -33,7 +33,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,14 +120,21 @@ class Mixture(Conditional):
         # By symmetry every root is one of the lower tail, of the mixture or of its mirror image.
         mirror = torch.where(z > 0, -1.0, 1.0)
         z, m = -z.abs(), mirror[..., None] * m
+        z, log_w, m, s = _broadcast(z, log_w, m, s)
+        if transformed():  # one opaque operation, in place of a thousand
+            _HEADS[repr(self)] = self
+            return mirror * _mixture_quantile(repr(self), log_w, m, s, z)
+        return mirror * self.lower_quantile(log_w, m, s, z)
+
+    def lower_quantile(self, log_w: Tensor, m: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """Roots of the distribution function for scores below zero, between the components' quantiles."""
         ends = m + s * self.standard_quantile(z)[..., None]
 
         def log_cdf(x: Tensor) -> Tensor:
             return (log_w + self.standard_log_cdf((x[..., None] - m) / s)).logsumexp(-1)
 
-        target = log_ndtr(z).expand(ends.shape[:-1])
-        stop = not (transformed() or (z.is_cuda and torch.cuda.is_current_stream_capturing()))
-        return mirror * chandrupatla(log_cdf, target, ends.amin(-1), ends.amax(-1), self.STEPS, stop)
+        stop = not (z.is_cuda and torch.cuda.is_current_stream_capturing())
+        return chandrupatla(log_cdf, log_ndtr(z), ends.amin(-1), ends.amax(-1), self.STEPS, stop)
 
     def sample(self, parameters: Tensor) -> Tensor:
         log_w, m, log_s = self.components(parameters.detach())
@@ -145,6 +152,37 @@ class Mixture(Conditional):
         variance = sum(m * m for m in means) / self.k
         log_s = math.log(self.unit) + max(0.5 * math.log(1 - variance), -math.log(self.k))
         return (*[0.0] * self.k, *means, *[log_s] * self.k)
+
+
+# -- the quantile as one operation, which tracers record and ``vmap`` passes on ---------------------------------------
+
+_HEADS: dict[str, Mixture] = {}
+
+
+def _broadcast(z: Tensor, *components: Tensor) -> tuple[Tensor, ...]:
+    shape = torch.broadcast_shapes(z.shape, *(c.shape[:-1] for c in components))
+    return z.expand(shape), *(c.expand(shape + c.shape[-1:]) for c in components)
+
+
+@torch.library.custom_op(
+    "pyro_genmods::mixture_quantile",
+    mutates_args=(),
+    schema="(str head, Tensor log_w, Tensor m, Tensor s, Tensor z) -> Tensor",
+)
+def _mixture_quantile(head: str, log_w: Tensor, m: Tensor, s: Tensor, z: Tensor) -> Tensor:
+    return _HEADS[head].lower_quantile(log_w, m, s, z)
+
+
+@_mixture_quantile.register_fake
+def _(_head: str, *tensors: Tensor) -> Tensor:
+    return torch.empty_like(tensors[-1])
+
+
+@_mixture_quantile.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], head: str, *tensors: Tensor) -> tuple[Tensor, int]:
+    pairs = zip(tensors, in_dims[1:], strict=True)
+    first = [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+    return _mixture_quantile(head, *first), 0
 
 
 @dataclass(frozen=True)

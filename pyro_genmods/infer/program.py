@@ -136,7 +136,7 @@ class Program:
                 self._check_minibatch(name, site["fn"])
             elif not site["is_observed"] and site["fn"].support.is_discrete and not site["fn"].has_enumerate_support:
                 raise ModelError(
-                    f"site {name!r}: {type(site['fn']).__name__} is discrete and too large to sum out by enumeration; "
+                    f"site {name!r}: {type(site['fn']).__name__} is discrete and cannot be summed out by enumeration; "
                     "observe it, use SVI with score-function gradients, or SMC over its noise."
                 )
         self.plates = {
