@@ -26,6 +26,7 @@ from pyro_genmods.factorize import (
     Bernoulli,
     Categorical,
     Conditional,
+    ContinuousMixture,
     DiscretizedLogisticMixture,
     Ensemble,
     GaussianMixture,
@@ -277,6 +278,25 @@ def ensemble(name: str, *members: Law, facts: dict[str, Any] | None = None) -> L
     return Law(name, build, context=first.context, **{**promised, **(facts or {})})
 
 
+def continuous_mixture(
+    name: str, conditional: Conditional, *, support: constraints.Constraint | None = None, **facts: Any
+) -> Law:
+    """A row of ``gm.factorize.ContinuousMixture`` of few points, its network smooth enough for quadrature."""
+
+    def build() -> ContinuousMixture:
+        model = ContinuousMixture(
+            2, conditional, latent_features=2, points=64, training_points=64, width=8, support=support
+        )
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(0.5)
+        return model
+
+    promised = {"support": support or REAL, "transport": False, "enumerable": False, "networks": ("network",)}
+    return Law(name, build, **{**promised, **facts})
+
+
 def grid() -> Iterator[Law]:
     """Every head with every network, without and with context; every third of them in the core of the battery."""
     number = 0
@@ -464,6 +484,11 @@ LAWS: tuple[Law, ...] = (
     ),
     autoregressive("own-network", GaussianMixture(2), lambda: Own(2, 1, 6)),
     autoregressive("own-network-context", LogisticMixture(2), lambda: Own(3, 1, 6, 2), features=3, context=2),
+    continuous_mixture("continuous-mixture", Bernoulli(), support=None, levels=(2, 2)),
+    continuous_mixture("continuous-mixture-tokens", Categorical(3), levels=(3, 3), integer=True),
+    continuous_mixture(
+        "continuous-mixture-positive", GaussianMixture(2), support=constraints.positive, standardized=True
+    ),
     ensemble(
         "ensemble",
         autoregressive("", GaussianMixture(2)),

@@ -89,7 +89,7 @@ CONSTRUCTORS = {
     "width-of-own": (lambda: AR(3, GaussianMixture(1), Constant(3, 3), width=8), TypeError, "width", "network"),
     "width-and-heads": (lambda: AR(3, network="transformer", width=9, heads=2), ValueError, "width", "heads", "9"),
     "zero-width": (lambda: AR(3, width=0), ValueError, "width", "0"),
-    "zero-layers": (lambda: AR(3, layers=0), ValueError, "layers", "0"),
+    "negative-layers": (lambda: AR(3, layers=-1), ValueError, "layers", "-1"),
     "dropout": (lambda: AR(3, dropout=1.5), ValueError, "dropout", r"1\.5"),
     "sampling": (lambda: AR(3, sampling="fast"), ValueError, "sampling", "'fast'", "jacobi"),
     "support-of-bits": (lambda: AR(3, Bernoulli(), support=constraints.boolean), ValueError, "support", "leave it out"),
