@@ -132,8 +132,8 @@ def mixture_member(data: dict[str, Tensor], seconds: float, seed: int) -> factor
     """Learned with few points, used with many."""
     torch.manual_seed(seed)
     features = data["train"].shape[1]
-    learner = factorize.ContinuousMixture(features)
-    train(learner, data, seconds, seed, batch_size=200, learning_rate=3e-3, patience=10)
+    learner = factorize.ContinuousMixture(features, training_points=4096)
+    train(learner, data, seconds, seed, batch_size=300, learning_rate=3e-3, patience=10)
     return factorize.ContinuousMixture(features, points=16384, network=learner.network).eval()
 
 
@@ -192,7 +192,7 @@ def fitted(data: dict[str, Tensor], seconds: float, seed: int = 0) -> tuple[fact
     clock = Clock(seconds)
     members = {
         "linear": linear_family(data, clock),
-        "mixture": [mixture_member(data, 0.08 * seconds, seed) for seed in range(2)],
+        "mixture": [mixture_member(data, 0.1 * seconds, seed) for seed in range(2)],
         "deep": deep_family(data, clock),
     }
     families = {name: factorize.Ensemble(models) for name, models in members.items()}

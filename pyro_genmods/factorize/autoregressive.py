@@ -30,7 +30,7 @@ from torch.distributions import constraints
 from ..contract import Cost, Density
 from ..coordinates import Standardization
 from ..foundation.causal import CausalNetwork, check_causal, transformed
-from ..foundation.errors import DensityError
+from ..foundation.errors import DensityError, ShapeError
 from ..foundation.masked import MADE
 from ..foundation.networks import place_of
 from ..foundation.recurrent import GRU
@@ -174,6 +174,10 @@ class Autoregressive(Factorization):
         if options:
             raise TypeError(f"{', '.join(options)}: your own network has its own sizes; leave the options out.")
         if isinstance(network, CausalNetwork):
+            wanted, got = self._sizes(), vars(network)
+            wrong = {name: size for name, size in wanted.items() if got.get(name) != size}
+            if wrong:
+                raise ShapeError(f"network: needs {wrong}, has {({name: got.get(name) for name in wrong})}.")
             return network
         if self.takes_order:
             raise ValueError(

@@ -115,6 +115,7 @@ class Walk:
     def __init__(self, model: Factorization, like: Tensor, c: Tensor | None) -> None:
         self.model, self.position, self.places = model, 0, model.order.tolist()
         self._network, self._temperature, self._eos, self._c = model.network, model.temperature, model.eos, c
+        self._heads = [model.conditional.head_of(v) for v in self.places]
         if c is not None:  # buffers are batched under vmap if either is
             like = torch.zeros_like(like) + torch.zeros_like(c[:, :1])
         self._x = like.new_zeros(like.shape)
@@ -124,7 +125,7 @@ class Walk:
     @property
     def head(self) -> Conditional:
         """The conditional of the next entry."""
-        return self.model.conditional.head_of(self.places[self.position])
+        return self._heads[self.position]
 
     def parameters(self) -> Tensor:
         """Parameters of the next entry, ``(rows, size)``."""
