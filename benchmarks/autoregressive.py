@@ -57,7 +57,7 @@ def rough(model: gm.Autoregressive) -> gm.Autoregressive:
 
 def caches(lengths: list[int], most_rows: int, repeats: int) -> None:
     print(
-        f"\nSampling {most_rows} rows (transformer and GRU {most_rows // 8}): milliseconds, and microseconds per entry when cached"
+        f"\nSampling {most_rows} rows (transformer, GRU: {most_rows // 8}): milliseconds, microseconds per cached entry"
     )
     print(
         f"{'network':<34} {'T':>4} {'naive':>9} {'cached':>9} {'ratio':>6} {'jacobi':>9} {'sweeps':>6} {'us/entry':>9}"
@@ -76,7 +76,7 @@ def caches(lengths: list[int], most_rows: int, repeats: int) -> None:
             model = rough(gm.Autoregressive(length, head, network, **options))
             z = torch.randn(rows, length)
             sweeps = passes_of_jacobi(model, z)
-            runs = [lambda m=model, z=z: naive(m, z), lambda m=model: m().sample([rows])]
+            runs = [lambda m=model, z=z: naive(m, z), lambda m=model, n=rows: m().sample([n])]
             slow, fast, parallel = medians(*runs, lambda m=model, z=z: draw(m, z, "jacobi"), repeats=repeats)
             if head.discrete:
                 assert torch.equal(draw(model, z, "jacobi"), draw(model, z, "cached"))
@@ -111,33 +111,33 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def gradients(lengths: list[int], rows: int, repeats: int) -> None:
-    print(f"\nPathwise gradients of {rows} rows by the implicit function theorem, MADE 2x512, LogisticMixture(4)")
-    print(f"{'T':>4} {'sample':>7} {'rsample + backward':>18} {'ratio':>6} {'MiB':>7} {'one pass':>8} {'ratio':>6}")
+    print(f"\nPathwise gradients of {rows} rows, MADE 2x512, LogisticMixture(4); milliseconds, and ratios to sample")
+    print("with g: gradients of noise and all parameters too; push solves for quantiles, sample draws components")
+    header = f"{'T':>4} {'sample':>7} {'rsample':>8} {'ratio':>6} {'with g':>7} {'ratio':>6}"
+    print(f"{header} {'push':>7} {'with g':>7} {'ratio':>6} {'MiB':>7} {'one pass':>8} {'ratio':>6}")
     for length in lengths:
         torch.manual_seed(0)
         model = rough(gm.Autoregressive(length, factorize.LogisticMixture(4), width=512))
-        law = model()
-
-        def sample(law: object = law) -> None:
-            law.sample([rows])
-
-        def rsample(law: object = law, model: gm.Autoregressive = model) -> None:
-            law.rsample([rows]).cos().sum().backward()
-            model.zero_grad()
-
+        law, z = model(), torch.randn(rows, length)
         x = law.sample([rows])
 
-        def one_pass(law: object = law, x: Tensor = x, model: gm.Autoregressive = model) -> None:
-            law.log_prob(x).sum().backward()
+        def backward(value: Tensor, model: gm.Autoregressive = model) -> None:
+            value.cos().sum().backward()
             model.zero_grad()
 
-        forward, both = medians(sample, rsample, repeats=repeats)
-        here, there = peak(rsample) / 2**20, peak(one_pass) / 2**20
-        print(
-            f"{length:>4} {1e3 * forward:>7.1f} {1e3 * both:>18.1f} {both / forward:>6.2f} {here:>7.1f} {there:>8.1f} "
-            f"{here / there:>6.2f}",
-            flush=True,
-        )
+        runs = [
+            lambda law=law: law.sample([rows]),
+            lambda law=law: law.rsample([rows]),
+            lambda law=law, back=backward: back(law.rsample([rows])),
+            lambda model=model, z=z: draw(model, z, "cached"),
+            lambda law=law, z=z, back=backward: back(law.push(z)),
+        ]
+        sample, rsample, both, push, push_both = (1e3 * t for t in medians(*runs, repeats=repeats))
+        here = peak(runs[2]) / 2**20
+        there = peak(lambda law=law, x=x, back=backward: back(law.log_prob(x))) / 2**20
+        times = f"{sample:>7.1f} {rsample:>8.1f} {rsample / sample:>6.2f} {both:>7.1f} {both / sample:>6.2f}"
+        times += f" {push:>7.1f} {push_both:>7.1f} {push_both / push:>6.2f}"
+        print(f"{length:>4} {times} {here:>7.1f} {there:>8.1f} {here / there:>6.2f}", flush=True)
 
 
 def main() -> None:
@@ -151,6 +151,7 @@ def main() -> None:
     lengths, repeats = ([64, 100], 3) if arguments.quick else ([64, 100, 256, 784], 3)
     caches(lengths, arguments.rows, repeats)
     gradients([8, 64] if arguments.quick else [8, 64, 256], arguments.rows, repeats)
+    gradients([64], 16 * arguments.rows, repeats)
     if arguments.peer_python:
         script = Path(__file__).with_name("autoregressive_peers.py")
         sys.stdout.flush()

@@ -177,7 +177,7 @@ class Autoregressive(Factorization):
             wanted, got = self._sizes(), vars(network)
             wrong = {name: size for name, size in wanted.items() if got.get(name) != size}
             if wrong:
-                raise ShapeError(f"network: needs {wrong}, has {({name: got.get(name) for name in wrong})}.")
+                raise ShapeError(f"network: needs {wrong}, has { ({name: got.get(name) for name in wrong}) }.")
             return network
         if self.takes_order:
             raise ValueError(

@@ -7,8 +7,10 @@ places evaluate in one pass. Differentiating the equation,
 
 so a cotangent :math:`g` of :math:`x` becomes :math:`v = J^{-\top} g` for :math:`z` and
 :math:`-v^\top \partial_\theta G` for :math:`\theta`. :math:`J = D + N` is triangular in the order of the places:
-:math:`v \leftarrow D^{-1}(g - N^\top v)` is exact after ``T`` sweeps, each a vector-Jacobian product of one pass, and
-stops earlier when nothing changes.
+:math:`v \leftarrow D^{-1}(g - N^\top v)` is exact after ``T`` sweeps, and stops earlier when nothing changes. An entry
+depends on the others through the parameters :math:`\eta_t` of its conditional alone, so that
+:math:`N^\top v` is a vector-Jacobian product of the network with the cotangents
+:math:`v_t \, \partial G_t / \partial \eta_t`, whose slopes are computed once.
 
 Reference:
     M. Figurnov, S. Mohamed, A. Mnih, Implicit Reparameterization Gradients, 2018, arXiv:1805.08498.
@@ -28,6 +30,8 @@ from .walk import solve
 
 __all__ = ["attach", "push"]
 
+ROUNDING = 4  # sweeps stop when no entry of a row changes by more than this, in units of rounding of its largest
+
 
 def push(model: Factorization, z: Tensor, c: Tensor | None, method: str = "auto") -> Tensor:
     """Rows of noise to rows of continuous entries, differentiable in noise, context and the network's parameters.
@@ -41,7 +45,7 @@ def push(model: Factorization, z: Tensor, c: Tensor | None, method: str = "auto"
     named = dict(model.network.named_parameters())
     if not (_differentiable(z, c, *named.values()) or transformed()):
         return solve(model, z, c, method)
-    return _Push.apply(_Scores(model, tuple(named), method), z, c, *named.values())
+    return _Push.apply(_Pass(model, tuple(named), method), z, c, *named.values())
 
 
 def attach(model: Factorization, x: Tensor, c: Tensor | None) -> Tensor:
@@ -55,15 +59,15 @@ def attach(model: Factorization, x: Tensor, c: Tensor | None) -> Tensor:
     named = dict(model.network.named_parameters())
     if not _differentiable(c, *named.values()):
         return x
-    return _Push.apply(_Scores(model, tuple(named), "given"), x, c, *named.values())
+    return _Push.apply(_Pass(model, tuple(named), "given"), x, c, *named.values())
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-class _Scores(nn.Module):
-    """Normal scores of all entries as a function of what they depend on."""
+class _Pass(nn.Module):
+    """What a push evaluates: the solver, and one pass of the network, with any parameters in place of its own."""
 
     def __init__(self, model: Factorization, names: tuple[str, ...], method: str) -> None:
         super().__init__()
@@ -71,68 +75,67 @@ class _Scores(nn.Module):
         object.__setattr__(self, "model", model)
         self.names, self.method = names, method
 
-    def forward(self, task: str, *tensors: Tensor | None) -> Tensor:
-        if task == "solve":
-            if self.method == "given":
-                return tensors[0].clone()
-            return solve(self.model, *tensors, self.method)
-        seen, x, c = tensors
-        return self.model.conditional.normal_score(self.model.parameters_of(seen, c), x)
+    def forward(self, task: str, x: Tensor, c: Tensor | None) -> Tensor:
+        if task == "parameters":
+            return self.model.parameters_of(x, c)
+        return x.clone() if self.method == "given" else solve(self.model, x, c, self.method)
 
-    def at(self, parameters: tuple[Tensor, ...], task: str, *tensors: Tensor | None) -> Tensor:
-        """The function with these parameters in place of the network's own."""
+    def at(self, parameters: tuple[Tensor, ...], task: str, x: Tensor, c: Tensor | None) -> Tensor:
+        """The task with these parameters in place of the network's own."""
         named = {f"network.{name}": value for name, value in zip(self.names, parameters, strict=True)}
-        return functional_call(self, named, (task, *tensors))
+        return functional_call(self, named, (task, x, c))
 
 
 class _Push(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: _Scores, z: Tensor, c: Tensor | None, *parameters: Tensor) -> Tensor:
-        return scores.at(parameters, "solve", z, c)
+    def forward(run: _Pass, z: Tensor, c: Tensor | None, *parameters: Tensor) -> Tensor:
+        return run.at(parameters, "solve", z, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.scores, _, c, *parameters = inputs
+        ctx.run, _, c, *parameters = inputs
         ctx.conditional = c is not None
         ctx.save_for_backward(output, *([c] if ctx.conditional else []), *parameters)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
-        c, parameters = (rest[0], rest[1:]) if ctx.conditional else (None, rest)
-        scores: _Scores = ctx.scores
-        v = _solve_transposed(scores, x, c, tuple(parameters), g)
-        leaves = tuple(rest)
-        wanted = ctx.needs_input_grad[2:] if ctx.conditional else ctx.needs_input_grad[3:]
+        x, *leaves = ctx.saved_tensors
+        v, cotangent = _solve_transposed(ctx.run, x, *_split(ctx, leaves), g)
+        wanted = ctx.needs_input_grad[2 if ctx.conditional else 3 :]
         gradients: list[Tensor | None] = [None] * len(leaves)
-        if any(wanted):
-            chosen = [i for i, want in enumerate(wanted) if want]
+        chosen = [i for i, want in enumerate(wanted) if want]
+        if chosen:
 
-            def of(*some: Tensor) -> Tensor:
+            def parameters_of(*some: Tensor) -> Tensor:
                 every = list(leaves)
                 for i, value in zip(chosen, some, strict=True):
                     every[i] = value
-                context, theta = (every[0], every[1:]) if ctx.conditional else (None, every)
-                return scores.at(tuple(theta), "score", x, x, context)
+                c, parameters = _split(ctx, every)
+                return ctx.run.at(parameters, "parameters", x, c)
 
-            _, pullback = vjp(of, *(leaves[i] for i in chosen))
-            for i, gradient in zip(chosen, pullback(-v), strict=True):
+            _, pullback = vjp(parameters_of, *(leaves[i] for i in chosen))
+            for i, gradient in zip(chosen, pullback(-cotangent), strict=True):
                 gradients[i] = gradient
         return (None, v, *([] if ctx.conditional else [None]), *gradients)
 
 
+def _split(ctx: Any, leaves: list[Tensor]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Context and parameters."""
+    return (leaves[0], tuple(leaves[1:])) if ctx.conditional else (None, tuple(leaves))
+
+
 def _solve_transposed(
-    scores: _Scores, x: Tensor, c: Tensor | None, parameters: tuple[Tensor, ...], g: Tensor
-) -> Tensor:
-    r""":math:`v` with :math:`J^\top v = g`, by sweeps from the last place to the first."""
-    _, by_others = vjp(lambda seen: scores.at(parameters, "score", seen, x, c), x)
-    _, by_itself = vjp(lambda own: scores.at(parameters, "score", x, own, c), x)
-    (slope,) = by_itself(torch.ones_like(x))
+    run: _Pass, x: Tensor, c: Tensor | None, parameters: tuple[Tensor, ...], g: Tensor
+) -> tuple[Tensor, Tensor]:
+    r""":math:`v` with :math:`J^\top v = g`, from the last place to the first, and its cotangents for the network."""
+    eta, by_others = vjp(lambda seen: run.at(parameters, "parameters", seen, c), x)
+    slope_of_eta, slope = vjp(run.model.conditional.normal_score, eta, x)[1](torch.ones_like(x))
     v = g / slope
     for _ in range(x.shape[1] - 1):
-        before, v = v, (g - by_others(v)[0]) / slope
-        if not transformed() and bool(((v - before).abs() <= 4 * torch.finfo(v.dtype).eps * v.abs()).all()):
+        before, v = v, (g - by_others(slope_of_eta * v[..., None])[0]) / slope
+        small = ROUNDING * torch.finfo(v.dtype).eps * v.abs().amax(1, keepdim=True)
+        if not transformed() and bool(((v - before).abs() <= small).all()):
             break
-    return v
+    return v, slope_of_eta * v[..., None]
