@@ -145,7 +145,7 @@ class Factorization(GenerativeModel):
         """What the network is told of all entries ``(rows, T)``: embeddings, or tokens."""
         if self.conditional.vocabulary:
             x = x.clamp(0, self.conditional.vocabulary - 1)
-        return x.to(torch.int64) if self.network.vocabulary else self.conditional.embed(x)
+        return x.to(torch.int64) if self.network.vocabulary else self.conditional.embed(x, self.place[0])
 
     def entry_of(self, x: Tensor, variable: int) -> Tensor:
         """What the network is told of one entry ``(rows,)``."""
@@ -153,7 +153,7 @@ class Factorization(GenerativeModel):
             x = x.clamp(0, self.conditional.vocabulary - 1)
         if self.network.vocabulary:
             return x.to(torch.int64)
-        entry = self.conditional.head_of(variable).embed(x)
+        entry = self.conditional.head_of(variable).embed(x, self.place[0])
         return nn.functional.pad(entry, (0, self.conditional.inputs - entry.shape[-1]))
 
     def parameters_of(self, x: Tensor, c: Tensor | None) -> Tensor:

@@ -185,10 +185,10 @@ class AutoregressiveDistribution(GenerativeDistribution):
         """
         if not self.has_enumerate_support:
             size = self._size_of_support()
+            many = f"{size:.3g}" if size < 10**300 else f"1e+{int(math.log10(size))}"
             raise DensityError(
-                f"{self}: "
-                + (f"has about {size:.3g} events, " if size else "has continuous entries, ")
-                + f"and at most {self.ENUMERABLE} can be enumerated; use sample(), or marginalise by hand."
+                f"{self}: has {f'about {many} events' if size else 'continuous entries'}, at most {self.ENUMERABLE} "
+                "events can be enumerated; use sample(), or marginalise by hand."
             )
         model = self.model
         rows = all_sequences(model.levels, self.support, model.orders.new_zeros((), dtype=model.place[0]))

@@ -81,9 +81,9 @@ def _walk(model: Factorization, z: Tensor, c: Tensor | None) -> Tensor:
 
 def _passes(model: Factorization, z: Tensor, c: Tensor | None, one_by_one: bool) -> Tensor:
     """Full passes; after ``n`` of them the first ``n`` places are right, with luck many more."""
-    x = torch.zeros_like(z)
+    x = torch.zeros_like(z, dtype=_dtype(model, z))
     for v in model.order.tolist():
-        new = model.conditional.quantile(model.parameters_of(x, c), z).to(z.dtype)
+        new = model.conditional.quantile(model.parameters_of(x, c), z).to(x.dtype)
         if model.eos is not None:
             new = finish(new, model.eos, model.pad)
         if one_by_one:
@@ -92,6 +92,11 @@ def _passes(model: Factorization, z: Tensor, c: Tensor | None, one_by_one: bool)
             break
         x = new
     return x
+
+
+def _dtype(model: Factorization, z: Tensor) -> torch.dtype:
+    """Of entries: half precision has no room for the numbers of many tokens."""
+    return torch.promote_types(z.dtype, torch.float32) if model.conditional.discrete else z.dtype
 
 
 def has_cache(model: Factorization) -> bool:
@@ -118,7 +123,7 @@ class Walk:
         self._heads = [model.conditional.head_of(v) for v in self.places]
         if c is not None:  # buffers are batched under vmap if either is
             like = torch.zeros_like(like) + torch.zeros_like(c[:, :1])
-        self._x = like.new_zeros(like.shape)
+        self._x = like.new_zeros(like.shape, dtype=_dtype(model, like))
         self._entry: Tensor | None = None
         self._cache = model.network.begin(len(like), c, like, model.network_order)
 
