@@ -89,7 +89,7 @@ def proximal(x: Tensor, weight: Tensor, bias: Tensor, penalty: float, step: floa
     return weight, bias
 
 
-def linear_member(data: dict[str, Tensor], start: int) -> tuple[gm.Autoregressive, int]:
+def linear_member(data: dict[str, Tensor], start: int, clock: Clock) -> tuple[gm.Autoregressive, int]:
     """A sparse logistic autoregression under a random order, and the number of the penalty that validation chose."""
     features = data["train"].shape[1]
     model = gm.Autoregressive(features, factorize.Bernoulli(), layers=0, order="random").eval()
@@ -110,8 +110,8 @@ def linear_member(data: dict[str, Tensor], start: int) -> tuple[gm.Autoregressiv
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         else:
             worse += 1
-            if worse == 2:
-                break
+        if worse == 2 or clock.fraction > 0.25:
+            break
     model.load_state_dict(kept)
     return model, chosen
 
@@ -119,7 +119,7 @@ def linear_member(data: dict[str, Tensor], start: int) -> tuple[gm.Autoregressiv
 def linear_family(data: dict[str, Tensor], clock: Clock) -> list[gm.Autoregressive]:
     members, chosen = [], []
     while len(members) < 32 and (not members or clock.fraction * (len(members) + 1) / len(members) < 0.15):
-        model, k = linear_member(data, max(0, min(chosen, default=2) - 2))
+        model, k = linear_member(data, max(0, min(chosen, default=2) - 2), clock)
         members.append(model)
         chosen.append(k)
     return members

@@ -82,19 +82,23 @@ class Ensemble(GenerativeModel):
     def takes_any_dtype(self) -> bool:
         return all(model.takes_any_dtype for model in self.models)
 
-    def fit_weights(self, x: Tensor, context: Tensor | None = None, steps: int = 200) -> Tensor:
+    def fit_weights(self, x: Tensor, context: Tensor | None = None, steps: int = 200, batch_size: int = 1000) -> Tensor:
         """Set the weights to those that make data likeliest, in place; use data that the members were not fitted to.
 
         Arguments:
             x: ``(n, *event_shape)``.
             context: ``(n, *context_shape)`` or ``None``.
             steps: of expectation maximisation.
+            batch_size: rows that a member scores at once.
 
         Returns:
             The weights.
         """
         with torch.no_grad():
-            each = torch.stack([model(context).log_prob(x) for model in self.models], -1).double()
+            contexts = [None] * -(-len(x) // batch_size) if context is None else context.split(batch_size)
+            batches = list(zip(x.split(batch_size), contexts, strict=True))
+            each = [torch.cat([model(c).log_prob(part) for part, c in batches]) for model in self.models]
+            each = torch.stack(each, -1).double()
             w = torch.full((len(self.models),), 1 / len(self.models), dtype=torch.float64, device=each.device)
             for _ in range(steps):
                 w = (each + w.log()).softmax(-1).mean(0)
