@@ -48,10 +48,11 @@ def naive(model: gm.Autoregressive, z: Tensor) -> Tensor:
 
 
 def rough(model: gm.Autoregressive) -> gm.Autoregressive:
-    """Away from initialisation, where every entry would be independent of the others."""
+    """Away from initialisation, where every entry would be independent of the others; numbers must not run away."""
+    scale = 0.05 if model.conditional.discrete else 0.01
     with torch.no_grad():
         for parameter in model.network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(scale * torch.randn_like(parameter))
     return model.eval()
 
 
