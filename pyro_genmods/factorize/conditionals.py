@@ -221,8 +221,7 @@ class Bernoulli(Conditional):
         return (~reaches(logsigmoid(-logit), logsigmoid(logit), z)).to(parameters.dtype)
 
     def sample(self, parameters: Tensor) -> Tensor:
-        p = parameters[..., 0].detach().sigmoid()
-        return (torch.rand_like(p) < p).to(p.dtype)
+        return parameters[..., 0].detach().sigmoid().bernoulli()
 
     def tempered(self, parameters: Tensor, temperature: float) -> Tensor:
         return parameters / positive(temperature)

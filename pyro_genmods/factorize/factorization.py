@@ -154,7 +154,8 @@ class Factorization(GenerativeModel):
         if self.network.vocabulary:
             return x.to(torch.int64)
         entry = self.conditional.head_of(variable).embed(x, self.place[0])
-        return nn.functional.pad(entry, (0, self.conditional.inputs - entry.shape[-1]))
+        missing = self.conditional.inputs - entry.shape[-1]
+        return nn.functional.pad(entry, (0, missing)) if missing else entry
 
     def parameters_of(self, x: Tensor, c: Tensor | None) -> Tensor:
         """Parameters of all conditionals from all entries, ``(rows, T, size)``, in the order of the variables."""

@@ -184,7 +184,7 @@ class MADE(CausalNetwork):
                 h[:, start:end] = new
         result = linear(rows[len(biases) + 1][:, :end], output[t, :, :end], bias[t])
         if skip is not None and t:
-            result = result + linear(entries, skip[t, :, :seen])
+            result = torch.addmm(result, entries, skip[t, :, :seen].mT)
         cache.position = t + 1
         return result if to_output is None else result + to_output[:, t]
 
