@@ -18,6 +18,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,10 +116,30 @@ class _Push(torch.autograd.Function):
                 c, parameters = _split(ctx, every)
                 return ctx.run.at(parameters, "parameters", x, c)
 
-            _, pullback = vjp(parameters_of, *(leaves[i] for i in chosen))
+            _, pullback = _pullback(parameters_of, *(leaves[i] for i in chosen), repeatable=False)
             for i, gradient in zip(chosen, pullback(-cotangent), strict=True):
                 gradients[i] = gradient
         return (None, v, *([] if ctx.conditional else [None]), *gradients)
+
+
+def _pullback(
+    f: Callable[..., Tensor], *inputs: Tensor, repeatable: bool = True
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """Value of a function and its vector-Jacobian product: ``vjp``, or torch's ordinary graph where that will do.
+
+    The ordinary graph lets go of its memory at once; ``vjp`` is there for transforms, tracers and second derivatives.
+    """
+    if transformed() or torch.is_grad_enabled():
+        return vjp(f, *inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        value = f(*leaves)
+
+    def pullback(cotangent: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(value, leaves, cotangent, retain_graph=repeatable, allow_unused=True)
+        return tuple(torch.zeros_like(x) if slope is None else slope for x, slope in zip(leaves, found, strict=True))
+
+    return value.detach(), pullback
 
 
 def _split(ctx: Any, leaves: list[Tensor]) -> tuple[Tensor | None, tuple[Tensor, ...]]:
@@ -130,8 +151,11 @@ def _solve_transposed(
     run: _Pass, x: Tensor, c: Tensor | None, parameters: tuple[Tensor, ...], g: Tensor
 ) -> tuple[Tensor, Tensor]:
     r""":math:`v` with :math:`J^\top v = g`, from the last place to the first, and its cotangents for the network."""
-    eta, by_others = vjp(lambda seen: run.at(parameters, "parameters", seen, c), x)
-    slope_of_eta, slope = vjp(run.model.conditional.normal_score, eta, x)[1](torch.ones_like(x))
+    if not torch.is_grad_enabled():  # of the network, only what entries do to entries is wanted here
+        parameters, c = tuple(p.detach() for p in parameters), None if c is None else c.detach()
+    eta, by_others = _pullback(lambda seen: run.at(parameters, "parameters", seen, c), x)
+    _, by_conditional = _pullback(run.model.conditional.normal_score, eta, x, repeatable=False)
+    slope_of_eta, slope = by_conditional(torch.ones_like(x))
     v = g / slope
     for _ in range(x.shape[1] - 1):
         before, v = v, (g - by_others(slope_of_eta * v[..., None])[0]) / slope

@@ -119,10 +119,7 @@ class MADE(CausalNetwork):
         return True
 
     def _weights(self, order: Tensor | None) -> _Weights:
-        first, output, skip, bias = self.first, self.output, self.skip, self.bias
-        if order is not None:
-            first, output, bias = first[:, order], output[order], bias[order]
-            skip = None if skip is None else skip[order][:, :, order]
+        first, output, skip, bias = self._ordered(order)
         return _Weights(
             (first * self.first_mask).flatten(1),
             tuple(weight * self.hidden_mask for weight in self.hidden),
@@ -130,6 +127,13 @@ class MADE(CausalNetwork):
             None if skip is None else (skip * self.skip_mask).flatten(2),
             bias,
         )
+
+    def _ordered(self, order: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Outer weights by place instead of variable."""
+        if order is None:
+            return self.first, self.output, self.skip, self.bias
+        skip = None if self.skip is None else self.skip[order][:, :, order]
+        return self.first[:, order], self.output[order], skip, self.bias[order]
 
     def _context_parts(self, context: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """What a context adds to the first layer and to the parameters of each place."""
@@ -154,37 +158,43 @@ class MADE(CausalNetwork):
         return result if to_output is None else result + to_output
 
     # -- one place at a time -------------------------------------------------------------------------------------
+    #
+    # The last hidden layer, reversed, and the entries lie side by side in one buffer: [h_H ... h_1 | e_1 ... e_T]. Both
+    # grow away from the border between them, so that all that a place sees is one slice, and its parameters one
+    # product. Slices take the part of the masks.
 
     def begin(self, rows: int, context: Tensor | None, like: Tensor, order: Tensor | None = None) -> Cache:
         self.check(rows, context, order)
+        first, output, skip, bias = self._ordered(order)
+        outer = output.flip(-1) if skip is None else torch.cat([output.flip(-1), skip.flatten(2)], -1)
+        hidden = [
+            (weight.flip(0, 1), offset.flip(0)) for weight, offset in zip(self.hidden, self.hidden_bias, strict=True)
+        ]
         to_first, to_output = self._context_parts(context, order)
-        buffers = [like.new_zeros(rows, self.length * self.inputs)]
-        buffers += [like.new_zeros(rows, self.width) for _ in range(max(self.layers, 1))]
-        context_parts = [] if to_first is None or to_output is None else [to_first, to_output]
-        weights, biases = self._weights(order), tuple(self.hidden_bias)
-        return Cache(0, [*buffers, *context_parts], (weights, self.first_bias, biases, self.ends))
+        buffers = [like.new_zeros(rows, self.width + self.length * self.inputs)]
+        buffers += [like.new_zeros(rows, self.width) for _ in hidden]
+        if to_first is not None and to_output is not None:
+            buffers += [to_first.flip(1), to_output]
+        return Cache(0, buffers, (first.flatten(1).flip(0), self.first_bias.flip(0), hidden, outer, bias))
 
     def step(self, cache: Cache, entry: Tensor | None) -> Tensor:
         self.check_step(cache, entry)
-        (first, hidden_weights, output, skip, bias), first_bias, biases, ends = cache.shared
-        t, rows = cache.position, cache.rows
-        to_first, to_output = rows[len(biases) + 2 :] or (None, None)
-        seen, start, end = t * self.inputs, ends[t], ends[t + 1]
-        entries, h = rows[0], rows[1]
+        first, first_bias, hidden, outer, bias = cache.shared
+        seen, *inner = cache.rows
+        to_first, to_output = inner[len(hidden) :] or (None, None)
+        t, border = cache.position, self.width
+        near, far, last = border - self.ends[t + 1], border - self.ends[t], border + t * self.inputs
         if entry is not None:
-            entries[:, seen - self.inputs : seen] = entry
-        entries = entries[:, :seen]
-        if end > start:
-            new = linear(entries, first[start:end, :seen], first_bias[start:end])
-            new = silu(new if to_first is None else new + to_first[:, start:end])
-            h[:, start:end] = new
-            for layer, (weight, offset) in enumerate(zip(hidden_weights, biases, strict=True)):
-                new = new + silu(linear(h[:, :end], weight[start:end, :end], offset[start:end]))
-                h = rows[layer + 2]
-                h[:, start:end] = new
-        result = linear(rows[len(biases) + 1][:, :end], output[t, :, :end], bias[t])
-        if skip is not None and t:
-            result = torch.addmm(result, entries, skip[t, :, :seen].mT)
+            seen[:, last - self.inputs : last] = entry
+        if near < far:
+            new = linear(seen[:, border:last], first[near:far, : last - border], first_bias[near:far])
+            new = silu(new if to_first is None else new + to_first[:, near:far])
+            for h, (weight, offset) in zip(inner, hidden, strict=False):
+                h[:, near:far] = new
+                new = new + silu(linear(h[:, near:], weight[near:far, near:], offset[near:far]))
+            seen[:, near:far] = new
+        last = min(last, outer.shape[-1])  # no further than the hidden units, where there are no skips
+        result = linear(seen[:, near:last], outer[t, :, near:last], bias[t])
         cache.position = t + 1
         return result if to_output is None else result + to_output[:, t]
 
