@@ -18,7 +18,7 @@ from torch.distributions import Distribution, constraints
 from .foundation.errors import DensityError, PlacementError, ShapeError, SupportError
 from .mechanism import Density, Mechanism
 
-__all__ = ["GenerativeDistribution"]
+__all__ = ["GenerativeDistribution", "check_place"]
 
 
 class GenerativeDistribution(TorchDistribution):
@@ -65,7 +65,7 @@ class GenerativeDistribution(TorchDistribution):
         split = context.dim() - len(shape)
         if split < 0 or context.shape[split:] != shape:
             raise ShapeError(f"context: got shape {tuple(context.shape)}, {name} needs (*batch, {_dims(shape)}).")
-        _check_place("context", context, model)
+        check_place("context", context, model)
         return context.shape[:split]
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class GenerativeDistribution(TorchDistribution):
         split = value.dim() - len(self.event_shape)
         if split < 0 or value.shape[split:] != self.event_shape:
             raise ShapeError(f"value: got shape {tuple(value.shape)}, {self} needs (*lead, {_dims(self.event_shape)}).")
-        _check_place("value", value, self.model, self.model.takes_any_dtype)
+        check_place("value", value, self.model, self.model.takes_any_dtype)
         finite = torch._is_all_true(value.isfinite())
         if finite and self.model.coordinates.identity and not self.model.coordinates.native:
             return True
@@ -257,7 +257,22 @@ class GenerativeDistribution(TorchDistribution):
         return bool(finite)
 
 
-def _check_place(name: str, value: Tensor, model: Mechanism, any_dtype: bool = False) -> None:
+def check_place(name: str, value: Tensor, model: Mechanism, any_dtype: bool = False) -> None:
+    """Refuse a tensor of another dtype or device than the model's.
+
+    Arguments:
+        name: of the argument, for the message.
+        value: the tensor.
+        model: tells the place.
+        any_dtype: every real dtype will do.
+
+    Raises:
+        PlacementError: it differs.
+
+    Example:
+        >>> import zuko, pyro_genmods as gm
+        >>> check_place("value", torch.zeros(2), gm.Flow(zuko.flows.NICE(2)))
+    """
     dtype, device = model.place
     if (value.dtype == dtype or (any_dtype and not value.is_complex())) and value.device == device:
         return

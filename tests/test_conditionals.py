@@ -46,7 +46,11 @@ DISCRETE = [
 ]
 MIXED = Mixed((GaussianMixture(2), Bernoulli(), GaussianMixture(2), StudentMixture(1, 2), Categorical(4), Bernoulli()))
 ALL = [*CONTINUOUS, *DISCRETE]
-each = lambda heads: pytest.mark.parametrize("head", heads, ids=str)  # noqa: E731
+
+
+def each(heads):
+    """Parametrise a test with heads."""
+    return pytest.mark.parametrize("head", heads, ids=str)
 
 
 def draw(head: Conditional, *shape: int, scale: float = 1.0, dtype: torch.dtype = DOUBLE, seed: int = 0) -> Tensor:
@@ -357,8 +361,11 @@ def functions_of(head: Conditional) -> dict:
         methods["log_probs"] = lambda p, x: head.log_probs(p)
         methods["gradient"] = lambda p, x: torch.func.grad(lambda p: head.log_prob(p, x).sum())(p)
     else:
+
+        def score(p, x):
+            return head.normal_score(p, x).sum()
+
         methods["normal_score"] = head.normal_score
-        score = lambda p, x: head.normal_score(p, x).sum()  # noqa: E731
         methods["gradient"] = torch.func.grad(score, argnums=(0, 1))
         methods["hessian"] = lambda p, x: torch.func.grad(lambda p: torch.func.grad(score, 1)(p, x).sum())(p)
     return methods

@@ -263,24 +263,25 @@ class Autoregressive(Factorization):
         return self.conditional.normal_score(self.parameters_of(y, c), y)
 
     def sample_rows(self, rows: int, c: Context | None) -> Rows:
-        z = self._noise(rows)
         if len(self.orders) == 1:
-            return self._drawn(z, c)
-        which = torch.randint(len(self.orders), (rows,), device=z.device)
-        x = torch.empty_like(z)
+            return self._drawn(rows, c)
+        dtype, device = self.place
+        which = torch.randint(len(self.orders), (rows,), device=device)
+        x = torch.empty(rows, self.features, dtype=dtype, device=device)
         for s, order in enumerate(self.orders):
             index = (which == s).nonzero().flatten()
             if len(index):
-                x[index] = self._under(order)._drawn(z[index], None if c is None else c[index])
+                x[index] = self._under(order)._drawn(len(index), None if c is None else c[index])
         return x
 
     def sample_and_log_prob_rows(self, rows: int, c: Context | None) -> tuple[Rows, Values]:
         y = self.sample_rows(rows, c)
         return y, self.log_prob_rows(y, c)
 
-    def _drawn(self, z: Tensor, c: Tensor | None) -> Tensor:
-        """As many draws as there are rows of noise, which is used only where it costs no more than other noise."""
+    def _drawn(self, rows: int, c: Tensor | None) -> Tensor:
+        """Draws under the one order, by components of mixtures where the walk has a cache, else by quantiles."""
         if self.sampling not in ("auto", "cached") or not has_cache(self) or transformed():
-            return self.push_rows(z, c)
-        x = draw(self, z, c)
+            return self.push_rows(self._noise(rows), c)
+        dtype, device = self.place
+        x = draw(self, torch.empty(rows, self.features, dtype=dtype, device=device), c)
         return self.outside(x if self.conditional.discrete else attach(self, x, c))

@@ -22,7 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..distribution import GenerativeDistribution
+from ..distribution import GenerativeDistribution, check_place
+from ..foundation.causal import transformed
 from ..foundation.errors import DensityError, ShapeError, SupportError
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ..mechanism import Cost, Density, Mechanism
@@ -65,6 +66,7 @@ class Continuation(Mechanism):
             raise ShapeError(
                 f"prefix: got shape {tuple(prefix.shape)}, needs (*batch, k) with 0 < k < {model.features} entries."
             )
+        check_place("prefix", prefix, model, model.takes_any_dtype)
         context = prefix.to(model.place[0])
         if not bool(context.isfinite().all()):
             raise ShapeError("prefix: has entries that are not finite; impute them with impute(x, observed).")
@@ -114,7 +116,7 @@ class Continuation(Mechanism):
 
     def push_rows(self, z: Noise, c: Context | None) -> Rows:
         prefix, own = self._split(c)
-        if self.model.conditional.discrete:
+        if self.model.conditional.discrete or not (torch.is_grad_enabled() or transformed()):
             return self._walk(prefix, own, z)
         known = self.model.pull_rows(self._whole(prefix, torch.zeros_like(z)), own)[:, self.model.order[: self.k]]
         return self.model.push_rows(self._whole(known, z), own)[:, self.model.order[self.k :]]
@@ -141,7 +143,8 @@ class Imputation:
     Attributes:
         values: ``(num_samples, *lead, *event_shape)``, observed entries as they were.
         log_evidence: ``lead``, log density of the observed entries in nats; an estimate if there were particles.
-        ess: ``lead``, effective number of particles at the end; ``inf`` where the answer is exact.
+    ess: ``lead``, effective number of particles at the end; ``inf`` where the answer is exact, 0 where no particle
+            can have made what was observed.
     """
 
     values: Tensor
@@ -169,10 +172,12 @@ def impute(
             f"observed: got x {tuple(x.shape)} and observed {tuple(observed.shape)}, needs (*lead, "
             f"{', '.join(map(str, law.event_shape))}) and a shape that expands to it."
         )
-    observed = observed.to(torch.bool).expand(x.shape)
+    check_place("x", x, model, model.takes_any_dtype)
+    lead = torch.broadcast_shapes(x.shape[:split], law.batch_shape)
+    x, observed = x.expand(lead + law.event_shape), observed.to(torch.bool).expand(lead + law.event_shape)
     filled = torch.where(observed, x, _inner_point(model).to(x))
     lead, rows, c = law._rows(filled, law.event_shape)
-    known = observed.expand(lead + law.event_shape).reshape(len(rows), -1)
+    known = observed.reshape(len(rows), -1)
     y, inside = model.coordinates.pull(rows)
     if isinstance(inside, Tensor) and not bool(inside.isfinite().all()):
         bad = torch.where(known, rows.flatten(1), torch.nan)[~inside.isfinite()]
@@ -183,9 +188,13 @@ def impute(
     y = model.inside(y)
     with torch.no_grad():
         volume = torch.where(known, model.entry_volumes(rows), 0).sum(-1)
-        fill = _exactly if model.orderless else _by_particles
-        number = num_samples if model.orderless else max(256 if num_particles is None else num_particles, num_samples)
-        drawn, evidence, ess = fill(model, y, known, c, num_samples, number)
+        if model.orderless:
+            drawn, evidence, ess = _exactly(model, y, known, c, num_samples)
+        else:
+            later = known[:, model.order]
+            surprises = bool((later[:, 1:] & ~later[:, :-1]).any())  # something is observed after a gap
+            number = max(256 if num_particles is None else num_particles, num_samples) if surprises else num_samples
+            drawn, evidence, ess = _by_particles(model, y, known, c, num_samples, number)
         values, _ = model.coordinates.push(model.outside(drawn.flatten(0, 1)))
     values = law._as_values(values).reshape(num_samples, *lead, *law.event_shape)
     values = torch.where(known.reshape(lead + law.event_shape), rows.reshape(lead + law.event_shape).to(values), values)
@@ -200,7 +209,7 @@ def _inner_point(model: Factorization) -> Tensor:
 
 
 def _exactly(
-    model: Factorization, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int, _number: int
+    model: Factorization, y: Tensor, known: Tensor, c: Tensor | None, num_samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pattern by pattern, under an order that has the observed entries first."""
     drawn, evidence = y.new_empty(num_samples, *y.shape), y.new_empty(len(y))
@@ -235,7 +244,8 @@ def _by_particles(
         gain = torch.where(seen[:, v], head.log_prob(theta, entry), 0)
         weights = weights + gain.reshape(rows, number)
         walk.put(entry)
-    ess = torch.where(weights.amax(-1) == weights.amin(-1), math.inf, _ess(weights))
+    even = (weights.amax(-1) == weights.amin(-1)) & weights.isfinite().all(-1)
+    ess = torch.where(even, math.inf, _ess(weights)).masked_fill(weights.amax(-1) == -math.inf, 0)
     evidence = evidence + weights.logsumexp(-1) - math.log(number)
     chosen = torch.multinomial(_shares(weights), num_samples, replacement=bool(ess.isfinite().any()))
     drawn = walk.values().reshape(rows, number, -1).take_along_dim(chosen[..., None], 1)
@@ -244,7 +254,7 @@ def _by_particles(
 
 def _shares(weights: Tensor) -> Tensor:
     """Normalised weights; even ones where all are zero, whose evidence says so."""
-    return (weights - weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).min)).softmax(-1)
+    return torch.where(weights.amax(-1, keepdim=True) == -math.inf, 0, weights).softmax(-1)
 
 
 def _ess(weights: Tensor) -> Tensor:

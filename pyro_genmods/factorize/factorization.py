@@ -63,7 +63,7 @@ class Factorization(GenerativeModel):
 
     @property
     def takes_any_dtype(self) -> bool:
-        return self.levels is not None
+        return self.conditional.levels is not None
 
     @property
     def order(self) -> Tensor:
@@ -190,5 +190,6 @@ class Factorization(GenerativeModel):
     @property
     def levels(self) -> list[int] | None:
         """Number of values of each entry; ``None`` if some are continuous."""
-        levels = [self.conditional.head_of(v).levels for v in range(self.features)]
-        return None if None in levels else levels
+        if self.conditional.levels is None:
+            return None
+        return [self.conditional.head_of(v).levels for v in range(self.features)]

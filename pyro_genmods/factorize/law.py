@@ -105,6 +105,8 @@ class AutoregressiveDistribution(GenerativeDistribution):
         model = self.model
         if not 0 <= k <= model.features:
             raise ShapeError(f"k: got {k}, needs a number of entries from 0 to {model.features}.")
+        if self._validate_args:
+            self._validate_sample(x)
         lead, rows, c = self._rows(x, self.event_shape)
         first = model.order[:k]
         y, volume = model.coordinates.pull(rows)

@@ -170,12 +170,12 @@ def _broadcast(z: Tensor, *components: Tensor) -> tuple[Tensor, ...]:
     schema="(str head, Tensor log_w, Tensor m, Tensor s, Tensor z) -> Tensor",
 )
 def _mixture_quantile(head: str, log_w: Tensor, m: Tensor, s: Tensor, z: Tensor) -> Tensor:
-    return _HEADS[head].lower_quantile(log_w, m, s, z)
+    return _HEADS[head].lower_quantile(log_w, m, s, z).contiguous()
 
 
 @_mixture_quantile.register_fake
 def _(_head: str, *tensors: Tensor) -> Tensor:
-    return torch.empty_like(tensors[-1])
+    return tensors[-1].new_empty(tensors[-1].shape)
 
 
 @_mixture_quantile.register_vmap
