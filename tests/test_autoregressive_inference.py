@@ -324,9 +324,13 @@ def test_a_hidden_sequence_that_is_too_long_is_refused_by_name(run):
     assert "secret" in message and ("enumerat" in message or "SVI" in message), message
 
 
-@pytest.mark.parametrize("network", ["made", pytest.param("gru", marks=SLOW)])
-def test_score_function_gradients_learn_a_posterior(network):
-    """An autoregressive guide of a hidden sequence whose posterior is known by enumeration."""
+@pytest.mark.parametrize(("network", "steps"), [("made", 500), pytest.param("gru", 2000, marks=SLOW)])
+def test_score_function_gradients_learn_a_posterior(network, steps):
+    """An autoregressive guide of a hidden sequence whose posterior is known by enumeration.
+
+    A recurrent network shares its weights between the places and learns slower: a quarter of its steps leave a
+    divergence of 0.02 to 0.06 in four seeds.
+    """
     prior = build(4, Bernoulli(), "made", 0.6, seed=2).freeze()
     y = torch.tensor(0.9, dtype=DOUBLE)
     posterior = prior().log_prob(BITS) + dist.Normal(BITS @ WEIGHTS, 0.7).log_prob(y)
@@ -343,7 +347,7 @@ def test_score_function_gradients_learn_a_posterior(network):
 
     start = learned().log_prob(BITS)
     assert (start.exp() * (start - posterior)).sum() > 0.2, "nothing to learn"
-    fit(model, guide, y, steps=500, rate=0.03)
+    fit(model, guide, y, steps=steps, rate=0.03)
     q = learned().log_prob(BITS)
     assert (q.exp() * (q - posterior)).sum() < 0.05
 
