@@ -76,6 +76,14 @@ class GenerativeModel(Mechanism):
         if self.context_standardization is not None and context is not None:
             self.context_standardization.fit_(context.reshape(len(context), -1))
 
+    def after_fit(self, x: Tensor, context: Tensor | None = None) -> None:
+        """What remains to be decided once the weights are learned; nothing, by default. Called by ``fit`` at its end.
+
+        Arguments:
+            x: the examples that were learned from, ``(n, *event_shape)``.
+            context: ``(n, *context_shape)`` or ``None``.
+        """
+
     def freeze(self: Model) -> Model:
         """Stop learning: ``requires_grad_(False)`` and ``eval()``; a frozen prior stays what it is under SVI."""
         return self.requires_grad_(False).eval()

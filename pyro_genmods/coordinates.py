@@ -21,7 +21,7 @@ from torch.distributions import Transform, biject_to, constraints, transform_to
 from .foundation.errors import DataError, DensityError, ShapeError, SupportError
 from .foundation.shapes import Rows
 
-__all__ = ["Circular", "Coordinates", "Standardization", "circular", "event_support"]
+__all__ = ["Circular", "Coordinates", "Standardization", "circular", "event_shape_on", "event_support"]
 
 
 class Circular(constraints.interval):
@@ -64,6 +64,20 @@ def event_support(support: constraints.Constraint, event_shape: Size) -> constra
             f"{len(event_shape)}; give an event_shape with at least as many."
         )
     return constraints.independent(support, missing) if missing else support
+
+
+def event_shape_on(support: constraints.Constraint, unconstrained: Size) -> Size:
+    """Shape of an event with so many unconstrained coordinates, where none is given.
+
+    Arguments:
+        support: any constraint.
+        unconstrained: shape of the unconstrained coordinates.
+
+    Example:
+        >>> event_shape_on(constraints.positive, Size([3])), event_shape_on(constraints.simplex, Size([3]))
+        (torch.Size([3]), torch.Size([4]))
+    """
+    return unconstrained if support.event_dim == 0 else Size(biject_to(support).forward_shape(unconstrained))
 
 
 def _innermost(support: constraints.Constraint) -> constraints.Constraint:

@@ -38,6 +38,7 @@ OWNERS = {
     "pyro": ABOVE_THE_CELLAR,
     "pyro.infer": {"infer"},
     "zuko": {"transform"},
+    "scipy": {"transform"},
     "torchsde": {"evolve"},
     "arviz": {"diagnostics"},
     "matplotlib": {"diagnostics"},

@@ -206,7 +206,8 @@ def test_log_prob_is_that_of_the_raw_flow(name, context):
     law, raw = gm.Flow(flow)(c), flow(c)
     assert torch.allclose(law.log_prob(x), raw.log_prob(x) + widened, rtol=1e-6, atol=1e-6)
     if context == 0 and name != "GMM":
-        assert torch.allclose(law.pull(x), raw.transform(x), rtol=0, atol=1e-9)
+        # two solvers of one equation, whose network has kinks
+        assert torch.allclose(law.pull(x), raw.transform(x), rtol=0, atol=1e-6 if name == "CNF" else 1e-9)
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "GMM"])

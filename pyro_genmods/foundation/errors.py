@@ -30,6 +30,10 @@ class InverseError(RuntimeError):
     """An inverse disagrees with its own forward map on too many points to be trusted."""
 
 
+class IntegrationError(RuntimeError):
+    """A differential equation cannot be solved: its field is not finite, or it is too stiff for the steps allowed."""
+
+
 class SlowDirectionError(ValueError):
     """The slow direction of a transport is about to be run inside a loop."""
 

@@ -92,8 +92,8 @@ def fit(
         checkpoint: a file that holds the state after every epoch. A run that was killed is taken up again by the same
             call, and ends where it would have ended; a finished run returns at once.
         device: ``"auto"`` trains on a GPU if there is one; or ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
-        progress_bar: show epoch, losses in nats per dimension (best with its epoch), learning rate and time left;
-            ``False`` is silent.
+        progress_bar: show epoch, losses per dimension in the model's ``loss_unit`` (best with its epoch), learning rate
+            and time left; ``False`` is silent.
         **trainer_options: further arguments of ``lightning.Trainer``: ``precision="bf16-mixed"``, ``devices=2,
             strategy="ddp"``, ``max_time``, ``accumulate_grad_batches``, ``callbacks``, ``logger``, ...
 
@@ -134,6 +134,7 @@ def fit(
         state = _train(plan, state, store, device, progress_bar, trainer_options)
     state.restore_best(model)
     model.eval()
+    plan.conclude(state.history.seed)
     if state.history.stopped.startswith("non-finite"):
         warnings.warn(
             f"training stopped: {state.history.stopped}. The model has the weights of epoch "
@@ -174,6 +175,13 @@ class _Plan:
         if isinstance(self.validation, Examples):
             return self.examples, self.validation
         return split(self.examples, self.validation, seed) if self.validation else (self.examples, None)
+
+    def conclude(self, seed: int) -> None:
+        """Let the model decide what depends on its final weights."""
+        train, _ = self.split(seed)
+        _, device = self.model.place
+        examples = train.to(device)
+        self.model.after_fit(examples.x, examples.context)
 
     def begin(self, train: Examples, seed: int) -> TrainingState:
         """Learn the units, and start."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import deque
 
-from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.transforms import _InverseTransform
 
@@ -39,31 +37,6 @@ def _import_zuko() -> None:
 _import_zuko()
 
 import zuko  # noqa: E402
-from zuko.utils import AdaptiveCheckpointAdjoint, GaussLegendre  # noqa: E402
+from zuko.utils import GaussLegendre  # noqa: E402
 
-__all__ = ["GaussLegendre", "break_ode_cycles", "zuko"]
-
-
-def break_ode_cycles(y: Tensor, count: int) -> Tensor:
-    """Free the graphs of zuko's ODE solver, whose autograd node keeps its own output and so itself alive for ever.
-
-    Arguments:
-        y: a tensor computed by a flow.
-        count: how many solver nodes there are above it; the nearest are looked for first.
-
-    Returns:
-        ``y``. Its nodes now keep a detached copy of their output, which is all that their backward reads.
-    """
-    nodes, seen = deque([y.grad_fn]), set()
-    while nodes and count:
-        node = nodes.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes.extend(parent for parent, _ in node.next_functions)
-        if type(node).__name__ == f"{AdaptiveCheckpointAdjoint.__name__}Backward":
-            count -= 1
-            if node.steps:
-                x, t, dt = node.steps[-1]
-                node.steps[-1] = (x.detach(), t, dt)
-    return y
+__all__ = ["GaussLegendre", "zuko"]

@@ -29,14 +29,15 @@ import torch
 from pyro.distributions import Normal, Uniform
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 
 from ..contract import Cost, Density, GenerativeModel
-from ..coordinates import circular
+from ..coordinates import circular, event_shape_on
 from ..foundation.errors import DensityError, InverseError, ShapeError
 from ..foundation.networks import place_of, zero_output_layer
 from ..foundation.shapes import Context, Noise, Rows, Values
-from ._zuko import break_ode_cycles, zuko
+from ._zuko import zuko
+from .free_form import with_own_steps
 from .inverse import invert, invert_with_volume, needs_root_finding
 from .quadrature import with_ordinary_gradients
 from .structure import context_features_of, features_of, passes
@@ -103,7 +104,7 @@ class Flow(GenerativeModel):
         support = circular if native else (support or constraints.real)
         if context_features is None:
             context_features = context_features_of(flow, features)
-        shape = Size(event_shape) if event_shape is not None else _event_shape(support, features)
+        shape = Size(event_shape) if event_shape is not None else event_shape_on(support, Size([features]))
         super().__init__(shape, (context_features,) if context_features else (), support, native)
         if self.features != features:
             raise ShapeError(
@@ -132,7 +133,7 @@ class Flow(GenerativeModel):
                     "flow: CNF(exact=False) draws fresh noise at every call, so that log_prob of one point changes by "
                     "nats from call to call and no sampler can use it; build it with exact=True."
                 )
-        self.odes = sum(isinstance(m, zuko.flows.continuous.FFJTransform) for m in self.flow.modules())
+        self.odes = any(isinstance(m, zuko.flows.continuous.FFJTransform) for m in self.flow.modules())
         self.integrals = any(isinstance(m, zuko.flows.neural.UMNN) for m in self.flow.modules())
         with torch.no_grad():
             dtype, device = self.place
@@ -213,13 +214,13 @@ class Flow(GenerativeModel):
         transform = self._transform(c)
         if self.root_finding and self.direction == "density":
             return invert(transform, z)
-        return break_ode_cycles((transform.inv if self.direction == "density" else transform)(z), self.odes)
+        return (transform.inv if self.direction == "density" else transform)(z)
 
     def pull_rows(self, y: Rows, c: Context | None) -> Noise:
         transform = self._transform(c)
         if self.root_finding and self.direction == "sampling":
             return invert(transform, y)
-        return break_ode_cycles((transform if self.direction == "density" else transform.inv)(y), self.odes)
+        return (transform if self.direction == "density" else transform.inv)(y)
 
     def push_and_log_prob_rows(self, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         transform = self._transform(c)
@@ -230,7 +231,6 @@ class Flow(GenerativeModel):
             return y, self.log_prob_rows(y, c)
         else:
             y, volume = invert_with_volume(transform, z)
-        y = break_ode_cycles(y, self.odes)
         return y, self._base_log_prob(z) - volume
 
     def sample_rows(self, rows: int, c: Context | None) -> Rows:
@@ -251,6 +251,8 @@ class Flow(GenerativeModel):
         if self.is_mixture:
             raise DensityError("a mixture has no push and no pull; it has sample() and log_prob().")
         transform = self.flow.transform(c)
+        if self.odes:
+            transform = with_own_steps(transform)
         return with_ordinary_gradients(transform) if self.integrals else transform
 
     def _pull_with_volume(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -258,8 +260,7 @@ class Flow(GenerativeModel):
         transform = self._transform(c)
         if self.direction == "density" or not self.root_finding:
             solve = transform.call_and_ladj if self.direction == "density" else partial(invert_with_volume, transform)
-            z, volume = solve(y)
-            return break_ode_cycles(z, self.odes), volume
+            return solve(y)
         z = invert(transform, y)
         missing = z.isnan().any(-1) & y.isfinite().all(-1)
         z = torch.where(missing[:, None], 0.0, z)
@@ -317,9 +318,3 @@ class Flow(GenerativeModel):
         back, volume = self._pull_with_volume(y, c)
         close = ((back - z).abs() <= self.ROUND_TRIP * (1 + z.abs())).all(-1)
         return y, self._base_log_prob(back) + volume, (found & close).detach()
-
-
-def _event_shape(support: constraints.Constraint, features: int) -> Size:
-    if support.event_dim == 0:
-        return Size([features])
-    return Size(biject_to(support).forward_shape(Size([features])))
