@@ -10,13 +10,15 @@ from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
 from .factorize import Autoregressive
 from .io import load, save
 from .training import TrainingHistory, fit
-from .transform import Flow
+from .transform import Adversarial, ContinuousFlow, Flow
 
 # Upstairs knows only the contract; the front door tells it which flow to take where the user has no opinion.
 infer.AutoFlow.default_flow = staticmethod(transform.guide_flow)
 
 __all__ = [
+    "Adversarial",
     "Autoregressive",
+    "ContinuousFlow",
     "Cost",
     "Density",
     "Flow",

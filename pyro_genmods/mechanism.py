@@ -77,6 +77,9 @@ class Mechanism(nn.Module, ABC):
         density: how honest :meth:`log_prob_rows` is.
         has_rsample: whether draws carry pathwise gradients.
         value_dtype: dtype of values where it is not that of the parameters (tokens are ``torch.int64``).
+        loss_unit: unit of ``loss``, for bars and plots: nats, or ``"sd"`` where it is a distance between standardised
+            values.
+        betas: decays of Adam's two moments that suit the objective, for training.
         constructor_arguments: what the object was built from; a saved model is rebuilt from it.
 
     Raises:
@@ -87,6 +90,8 @@ class Mechanism(nn.Module, ABC):
     density: ClassVar[Density]
     has_rsample: bool = True
     value_dtype: torch.dtype | None = None
+    loss_unit: ClassVar[str] = "nats"
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __new__(cls: type[Built], *args: Any, **kwargs: Any) -> Built:
         """Remember the constructor's arguments, from which a saved model is rebuilt."""

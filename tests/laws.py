@@ -36,6 +36,7 @@ from pyro_genmods.factorize import (
     StudentMixture,
 )
 from pyro_genmods.factorize.sequences import Columns, Sequences
+from pyro_genmods.foundation.networks import MLP, SpectralLinear
 
 import zuko  # isort: skip  (the package puts right what importing zuko changes)
 
@@ -67,6 +68,8 @@ class Law:
         enumerable: whether events are listed by ``enumerate_support``, if they are finitely many.
         sequential: whether there are ``steps()``, and uniform residuals.
         chart: bijection onto the support from where quadrature and differentiation are done; default torch's own.
+        chain: whether a draw is the end of a Markov chain, which has no pathwise gradient.
+        critic: whether there is a second player, of whom only the loss in training mode asks anything.
         core: whether the expensive laws of the battery are asked of it in the fast half, or in the slow half alone.
     """
 
@@ -91,6 +94,8 @@ class Law:
     sequential: bool = False
     chart: Transform | None = None
     core: bool = True
+    chain: bool = False
+    critic: bool = False
 
     @property
     def discrete(self) -> bool:
@@ -100,7 +105,17 @@ class Law:
     @property
     def invertible(self) -> bool:
         """Whether values can be pulled back to the noise they came from."""
-        return self.transport and not self.discrete
+        return self.transport and not self.discrete and self.scored
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a ``log_prob``."""
+        return self.density is not gm.Density.IMPLICIT
+
+    @property
+    def reparameterized(self) -> bool:
+        """Whether draws carry pathwise gradients."""
+        return self.transport and not self.discrete and not self.chain
 
     @property
     def features(self) -> int:
@@ -297,6 +312,99 @@ def continuous_mixture(
     return Law(name, build, **{**promised, **facts})
 
 
+class Residual(nn.Module):
+    """A generator that is invertible by construction: the identity, and a map of slope at most 1/2."""
+
+    def __init__(self, features: int, context: int = 0) -> None:
+        super().__init__()
+        self.inner = MLP(features + context, features, (8,), activation=nn.Tanh, linear=SpectralLinear)
+
+    def forward(self, z: Tensor, *c: Tensor) -> Tensor:
+        return z + 0.5 * self.inner(z, *c)
+
+
+def pushforward(
+    name: str,
+    kind: type[gm.GenerativeModel] = gm.transform.Pushforward,
+    *,
+    invertible: bool = False,
+    context: int = 0,
+    support: constraints.Constraint | None = None,
+    standardized: bool = False,
+    **kwargs: Any,
+) -> Law:
+    """A row of a generator of two features: from three columns of noise, or from two and invertible."""
+    adversarial, corrected = kind is gm.Adversarial, kind is gm.transform.Corrected
+
+    def build() -> gm.GenerativeModel:
+        if adversarial or corrected:
+            small = {"hidden_features": (8,), "critic_features": (8,), "critic_steps": 1}
+            model = gm.Adversarial(2, 3, context, support=support, **small, **({} if corrected else kwargs))
+        elif invertible:
+            model = kind(Residual(2, context), 2, context, support=support, density="manifold")
+        else:
+            model = kind(MLP(3 + context, 2, (8,)), 3, context, support=support)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return kind(model, transitions=2, candidates=2, leapfrogs=2, **kwargs) if corrected else model
+
+    density = gm.Density.EXACT if invertible else gm.Density.IMPLICIT
+    return Law(
+        name,
+        build,
+        context=context,
+        support=support or REAL,
+        density=density,
+        standardized=standardized,
+        networks=("generator",),
+        chain=corrected,
+        critic=adversarial,
+    )
+
+
+class Velocity(nn.Module):
+    """A user's velocity, which does not know its divergence."""
+
+    def __init__(self, features: int, context: int = 0) -> None:
+        super().__init__()
+        self.inner = nn.Linear(features + context + 1, 8)
+        self.outer = nn.Linear(8, features)
+
+    def forward(self, t: Tensor, y: Tensor, c: Tensor | None) -> Tensor:
+        return self.outer(self.inner(torch.cat([t, y] if c is None else [t, y, c], -1)).tanh())
+
+
+def continuous(
+    name: str,
+    *,
+    features: int = 2,
+    context: int = 0,
+    hidden: tuple[int, ...] = (8, 8),
+    own: bool = False,
+    support: constraints.Constraint | None = None,
+    facts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Law:
+    """A row of ``gm.ContinuousFlow`` whose network's parameters are moved by standard normal draws."""
+
+    def build() -> gm.ContinuousFlow:
+        network = Velocity(features, context) if own else None
+        options = {"solver": gm.transform.RK4(8), **kwargs}
+        model = gm.ContinuousFlow(
+            features, context, hidden_features=hidden, network=network, support=support, **options
+        )
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.add_(0.15 * torch.randn_like(parameter))
+        return model
+
+    promised = {"support": support or REAL, "event_shape": (features,), "networks": ("network",), "exactness": 3e-4}
+    if kwargs.get("trace") == "hutchinson":
+        promised["density"] = gm.Density.ESTIMATE
+    return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
 def grid() -> Iterator[Law]:
     """Every head with every network, without and with context; every third of them in the core of the battery."""
     number = 0
@@ -347,6 +455,7 @@ BERNSTEIN: dict[str, Any] = {"degree": 8, "transforms": 1, **HIDDEN}
 SQUARES: dict[str, Any] = {"degree": 3, "polynomials": 2, "transforms": 1, **HIDDEN}
 SOLVED: dict[str, Any] = {"tolerance": 1e-3}
 ODE: dict[str, Any] = {"tolerance": 5e-3, "exactness": 1e-4, "adaptive": True, "costly": True}
+ADAPTIVE: dict[str, Any] = {"adaptive": True, "costly": True, "core": False}
 COSTLY: dict[str, Any] = {"costly": True, **SOLVED}
 INTEGRAL: dict[str, Any] = {"exactness": 1e-4, **COSTLY}
 ON_CIRCLE: dict[str, Any] = {"support": circular}
@@ -489,6 +598,45 @@ LAWS: tuple[Law, ...] = (
     continuous_mixture(
         "continuous-mixture-positive", GaussianMixture(2), support=constraints.positive, standardized=True
     ),
+    continuous("continuous"),
+    continuous("continuous-context-positive", context=2, support=constraints.positive, facts={"standardized": True}),
+    continuous("continuous-likelihood", objective="likelihood", solver=gm.transform.RK4(8, "autograd")),
+    continuous("continuous-transport", coupling="optimal_transport", solver=gm.transform.Heun(32)),
+    continuous("continuous-deep", features=3, hidden=(8, 8, 8), objective="likelihood", facts={"core": False}),
+    continuous("continuous-shallow-context", context=2, hidden=(8,)),
+    continuous("continuous-network", own=True, features=3),
+    continuous("continuous-network-context", own=True, context=2, facts={"core": False}),
+    continuous("continuous-adaptive", solver=gm.transform.DormandPrince(1e-6, 1e-7), facts=ADAPTIVE),
+    continuous(
+        "continuous-adaptive-context",
+        context=2,
+        solver=gm.transform.DormandPrince(1e-6, 1e-7, gradient="autograd"),
+        facts=ADAPTIVE,
+    ),
+    continuous("continuous-hutchinson", trace="hutchinson", probes=2),
+    continuous("continuous-hutchinson-context", context=2, trace="hutchinson", objective="likelihood"),
+    continuous("continuous-hutchinson-network", own=True, trace="hutchinson", facts={"core": False}),
+    pushforward("pushforward"),
+    pushforward("pushforward-context-positive", context=2, support=constraints.positive, standardized=True),
+    pushforward("pushforward-manifold", invertible=True),
+    pushforward(
+        "pushforward-manifold-context-positive",
+        invertible=True,
+        context=2,
+        support=constraints.positive,
+        standardized=True,
+    ),
+    pushforward("adversarial", gm.Adversarial),
+    pushforward("adversarial-spectral", gm.Adversarial, lipschitz="spectral"),
+    pushforward(
+        "adversarial-context-interval",
+        gm.Adversarial,
+        context=2,
+        support=constraints.interval(0.0, 1.0),
+        standardized=True,
+    ),
+    pushforward("corrected", gm.transform.Corrected),
+    pushforward("corrected-context", gm.transform.Corrected, context=2, scale=0.5),
     ensemble(
         "ensemble",
         autoregressive("", GaussianMixture(2)),

@@ -1,7 +1,7 @@
 r"""What a training run did: one row of numbers per epoch, and why it ended.
 
-Losses are means over examples divided by the number of features, in nats per dimension, so that runs on data of
-different sizes can be compared:
+Losses are means over examples divided by the number of features, in nats per dimension (or in the unit that the model
+names, see ``loss_unit``), so that runs on data of different sizes can be compared:
 
 .. math:: L_e = \frac{1}{n D} \sum_{i=1}^{n} \ell_\phi(x_i, c_i) ,
 
@@ -26,7 +26,7 @@ class TrainingHistory:
     """What :func:`pyro_genmods.fit` returns: the course of a training run.
 
     Attributes:
-        train_loss: mean over the examples as they were visited during each epoch, in nats per dimension.
+        train_loss: mean over the examples as they were visited during each epoch, in ``unit`` per dimension.
         validation_loss: the same on the validation examples at the end of each epoch (under the averaged weights, with
             ``ema``); empty without validation.
         learning_rate: of the last step of each epoch.
@@ -36,6 +36,7 @@ class TrainingHistory:
         stopped: why the run ended.
         resumed: the epochs after which an interrupted run was taken up again.
         seed: what the split, the shuffling and the noise of the objective were made of.
+        unit: of the losses: ``"nats"``, or the model's ``loss_unit``.
 
     Example:
         >>> history = TrainingHistory([1.5, 1.2], [1.4, 1.3], [1e-3, 5e-4], [0.5, 0.5], 2, 1.3, "max_epochs=2 reached")
@@ -54,6 +55,7 @@ class TrainingHistory:
     stopped: str = ""
     resumed: list[int] = field(default_factory=list)
     seed: int = 0
+    unit: str = "nats"
 
     @property
     def epochs(self) -> int:
@@ -119,13 +121,15 @@ class TrainingHistory:
         if limits is not None:
             ax.set_ylim(*limits)
         ax.set_xlabel("epoch")
-        ax.set_ylabel("loss (nats per dimension)")
+        ax.set_ylabel(f"loss ({self.unit} per dimension)")
         ax.set_title(f"stopped: {self.stopped}", fontsize="medium")
         ax.legend(frameon=False)
         return ax
 
     def __repr__(self) -> str:
-        best = f"best {self.best_loss:.4f} nats/dim at epoch {self.best_epoch}" if self.best_epoch else "no best epoch"
+        best = "no best epoch"
+        if self.best_epoch:
+            best = f"best {self.best_loss:.4f} {self.unit}/dim at epoch {self.best_epoch}"
         resumed = f", resumed after epoch {', '.join(map(str, self.resumed))}" if self.resumed else ""
         return (
             f"TrainingHistory({self.epochs} epochs in {sum(self.seconds):.1f} s, {best}, "

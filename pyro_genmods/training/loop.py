@@ -85,6 +85,7 @@ class TrainingLoop(lightning.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters_by_name.values(),
             lr=self.settings.learning_rate,
+            betas=self.model.betas,
             weight_decay=self.settings.weight_decay,
             fused=fused,
         )
@@ -244,5 +245,5 @@ class TrainingLoop(lightning.LightningModule):
         losses = f"train {history.train_loss[-1]:.4f}"
         if history.validation_loss:
             losses += f" validation {history.validation_loss[-1]:.4f}"
-        best = f"best {history.best_loss:.4f} ({history.best_epoch}) nats/dim"
+        best = f"best {history.best_loss:.4f} ({history.best_epoch}) {history.unit}/dim"
         self.bar.set_postfix_str(f"{losses} {best} lr {self.rate:.1e}")
