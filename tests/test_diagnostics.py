@@ -8,13 +8,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import zuko
 from scipy import stats
 
+import pyro_genmods as gm
 from pyro_genmods.diagnostics import (
     Coverage,
     interval_coverage,
     plot_calibration,
+    plot_generator_mesh,
     plot_image_posterior,
+    plot_trajectories,
+    plot_vector_field,
     psis_khat,
 )
 from pyro_genmods.foundation.errors import ShapeError
@@ -146,3 +151,99 @@ def test_image_plot_shows_what_it_says():
         assert np.allclose(np.ma.filled(picture, np.nan), values.numpy(), equal_nan=True)
     assert [axes.get_title() for axes in figure.axes[:4]] == ["truth", "observed", "posterior mean", "posterior sd"]
     plt.close(figure)
+
+
+def test_vector_field_plot_shows_direction_and_speed():
+    asked = []
+
+    def turning(t, y):
+        asked.append((t, y))
+        return t * y.flip(-1) * torch.tensor([-1.0, 1.0])
+
+    points = torch.randn(3, 7, 2)
+    figure = plot_vector_field(turning, times=(0.0, 0.5, 1.0), limits=(-2.0, 2.0), resolution=5, points=points)
+    assert [t.shape for t, _ in asked] == [()] * 3 and [float(t) for t, _ in asked] == [0.0, 0.5, 1.0]
+    *panels, bar = figure.axes
+    assert [axes.get_title() for axes in panels] == ["t = 0", "t = 0.5", "t = 1"] and bar.get_ylabel() == "speed"
+    places = torch.cartesian_prod(*[torch.linspace(-2, 2, 5)] * 2)
+    for axes, (t, _), cloud in zip(panels, asked, points, strict=True):
+        dots, arrows = axes.collections
+        assert np.array_equal(dots.get_offsets(), cloud.numpy())
+        assert np.array_equal(arrows.get_offsets(), places.numpy())
+        assert np.allclose(arrows.get_array(), float(t) * places.norm(dim=1)), "the colour is the speed"
+        directions = np.stack([arrows.U, arrows.V], -1)
+        assert np.allclose(
+            directions * arrows.get_array()[:, None],
+            (t * places.flip(-1) * torch.tensor([-1.0, 1.0])).numpy(),
+            atol=1e-6,
+        )
+        assert axes.get_aspect() == 1 and axes.get_xlim()[0] < -2 and axes.get_ylim()[1] > 2
+    assert len({axes.collections[1].get_clim() for axes in panels}) == 1, "one scale for all times"
+    plt.close(figure)
+
+
+def test_vector_field_plot_of_rest():
+    figure = plot_vector_field(lambda t, y: torch.zeros_like(y), times=(0.0,), resolution=3)
+    assert np.isfinite(figure.axes[0].collections[0].get_array()).all()
+    plt.close(figure)
+
+
+def test_trajectory_plot_shows_paths_and_ends():
+    paths, data = torch.randn(6, 40, 2), torch.randn(30, 2)
+    figure = plot_trajectories(paths, data, lines=40)
+    below, lines, starts, ends = figure.axes[0].collections
+    assert np.array_equal(below.get_offsets(), data.numpy())
+    assert np.array_equal(starts.get_offsets(), paths[0].numpy())
+    assert np.array_equal(ends.get_offsets(), paths[-1].numpy())
+    segments = np.stack(lines.get_segments()).reshape(5, 40, 2, 2)
+    assert np.allclose(segments[:, :, 0], paths[:-1].numpy()) and np.allclose(segments[:, :, 1], paths[1:].numpy())
+    times = lines.get_array().reshape(5, 40)
+    assert np.allclose(times, (np.arange(5)[:, None] + 0.5) / 5)
+    x, y = zip(figure.axes[0].get_xlim(), figure.axes[0].get_ylim(), strict=True)
+    everything = torch.cat([paths.flatten(0, 1), data]).numpy()
+    assert (everything >= x).all() and (everything <= y).all(), "nothing is cut off"
+    plt.close(figure)
+
+
+def test_trajectory_plot_draws_some_of_many():
+    paths = torch.randn(3, 100, 2)
+    figure = plot_trajectories(paths, lines=10)
+    lines, starts, ends = figure.axes[0].collections
+    assert [len(lines.get_segments()), len(starts.get_offsets()), len(ends.get_offsets())] == [20, 10, 100]
+    plt.close(figure)
+
+
+def test_mesh_plot_carries_the_square():
+    """By an affine flow of known factor: every line stays what it is, stretched by the quantiles and the map."""
+    model = gm.Flow(zuko.flows.NICE(2)).double()
+    assert model.start_at_identity()
+    model.standardize(torch.tensor([[-2.0, 1.0], [4.0, 7.0], [1.0, 4.0]], dtype=torch.float64))
+    figure = plot_generator_mesh(model(), torch.randn(9, 2), cells=8)
+    noise, draws = (axes.collections[0].get_segments() for axes in figure.axes)
+    assert len(noise) == len(draws) == 2 * 7
+    levels = np.arange(1, 8) / 8
+    assert np.allclose([line[:, 0] for line in noise[:7]], levels[:, None]), "lines of the first coordinate"
+    assert np.allclose([line[:, 1] for line in noise[7:]], levels[:, None]), "lines of the second coordinate"
+    for before, after in zip(noise, draws, strict=True):
+        expected = model().push(torch.tensor(stats.norm.ppf(before))).detach().numpy()
+        assert np.allclose(after, expected, atol=1e-6)
+    assert len(figure.axes[1].collections[1].get_offsets()) == 9
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [
+        (lambda: plot_vector_field(lambda t, y: y[:, :1], times=(0.0,)), r"velocity: returned shape \(400, 1\)"),
+        (lambda: plot_vector_field(lambda t, y: y, points=torch.zeros(2, 9, 2)), r"points: got .*needs \(5, rows, 2\)"),
+        (lambda: plot_trajectories(torch.zeros(9, 4, 3)), r"paths: got shape \(9, 4, 3\).*choose two"),
+        (lambda: plot_trajectories(torch.zeros(1, 4, 2)), "2 or more points"),
+        (lambda: plot_trajectories(torch.zeros(9, 4, 2), torch.zeros(4, 3)), r"data: got shape \(4, 3\)"),
+        (lambda: plot_generator_mesh(gm.Flow(zuko.flows.NICE(3))()), r"law: got noise of shape \(3,\).*2 features"),
+        (lambda: plot_generator_mesh(gm.Flow(zuko.flows.NICE(2))().expand([4])), r"batch of shape \(4,\)"),
+    ],
+)
+def test_pictures_of_what_is_not_in_the_plane(draw, words):
+    with pytest.raises(ShapeError, match=words):
+        draw()
+    plt.close("all")

@@ -3,14 +3,23 @@
 from ..foundation.convergence import nested_r_hat
 from .calibration import Coverage, interval_coverage, psis_khat
 from .inference_data import to_inference_data
-from .plots import plot_calibration, plot_image_posterior
+from .plots import (
+    plot_calibration,
+    plot_generator_mesh,
+    plot_image_posterior,
+    plot_trajectories,
+    plot_vector_field,
+)
 
 __all__ = [
     "Coverage",
     "interval_coverage",
     "nested_r_hat",
     "plot_calibration",
+    "plot_generator_mesh",
     "plot_image_posterior",
+    "plot_trajectories",
+    "plot_vector_field",
     "psis_khat",
     "to_inference_data",
 ]
