@@ -235,7 +235,7 @@ def test_other_samplers(method):
     y = problem.data(8)
     truth = problem.posterior(y)
     if method == "NUTS":
-        draws = chain(problem.plated, y, draws=200)["x"]
+        draws = chain(problem.plated, y, draws=320)["x"]
     else:
         draws = push_base(problem.prior, chain(noisy(problem.plated), y, draws=300))
     assert_chain(draws, truth.mean, posterior.covariance_matrix, 0.09)
@@ -246,7 +246,7 @@ def test_a_guide():
     problem = LinearFlow(linear_flow())
     y = problem.data()
     guide = gm.infer.AutoFlow(problem.model)
-    fit(problem.model, guide, y, steps=400, rate=0.05)
+    fit(problem.model, guide, y, steps=1500, rate=0.03)
     posterior = problem.posterior(y)
     assert_guide(guide_draws(guide), posterior.mean, posterior.covariance_matrix)
 
@@ -275,7 +275,7 @@ def test_chains_with_zukos_continuous_flow():
     y = torch.tensor([0.4, -0.3])
     means = []
     for program in (model, noisy(model)):
-        run = MCMC(gm.infer.MALA(program), 150, 100, num_chains=64, progress_bar=False)
+        run = MCMC(gm.infer.MALA(program), 80, 60, num_chains=64, progress_bar=False)
         run.run(y)
         draws = run.get_samples(group_by_chain=True)
         x = draws["x"] if "x" in draws else prior().push(draws["x_base"]).detach()

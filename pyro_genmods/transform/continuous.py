@@ -50,11 +50,11 @@ from ..foundation.vector_field import VectorField
 from .accuracy import error_of, steps_needed, straightness_of
 from .fluid import Fluid, check_velocity
 from .pairing import optimal_pairing
+from .pairs import Pairs
 
 __all__ = ["ContinuousDistribution", "ContinuousFlow"]
 
 FEW = 8  # features for which a third layer's divergence is cheap
-TIMES = 4  # of each pair of a rectified flow, whose noise is dear
 COUPLINGS = ("independent", "optimal_transport", "rectified")
 
 
@@ -159,6 +159,7 @@ class ContinuousFlow(GenerativeModel):
         self.register_buffer("steps", torch.tensor(16))
         self._given, self._steps, self._last = solver, 16, None
         self._teacher: tuple[ContinuousFlow, ...] = ()
+        self._pairs: Pairs | None = None
         if network is not None:
             self.to(*reversed(place_of(network)))
             check_velocity(network, features, context_features)
@@ -208,21 +209,25 @@ class ContinuousFlow(GenerativeModel):
             fresh = self.trace == "hutchinson" and self.training
             probes = rademacher(1, *y.shape, dtype=y.dtype, device=y.device) if fresh else None
             return -(self.log_prob_by(None, y, c, probes) + volume)
-        z, copies = self._partners(y, c), TIMES if self.coupling == "rectified" else 1
-        z, y, c = (None if rows is None else rows.repeat(copies, 1) for rows in (z, y, c))
         t = late_times(len(y), y)
-        line, velocity = straight_line(z, y, t)
-        return (self._fluid().velocity(t, line, c) - velocity).square().sum(-1).unflatten(0, (copies, -1)).mean(0)
+        line, velocity = straight_line(self._partners(y, c), y, t)
+        return (self._fluid().velocity(t, line, c) - velocity).square().sum(-1)
 
     def _partners(self, y: Tensor, c: Tensor | None) -> Tensor:
         """The noise that each row is joined with."""
         if self.coupling == "rectified":
-            if not self._teacher:
-                raise DensityError("coupling: the flow that this one was rectified from is gone; call its rectify().")
-            with torch.no_grad():
-                return self._teacher[0].to(y.device).pull_rows(y, c)
+            rows = y if c is None else torch.cat([y, c], 1)
+            return self._by_teacher(rows) if self._pairs is None else self._pairs(rows)
         z = self._noise(len(y))
         return z[optimal_pairing(z, y)] if self.coupling == "optimal_transport" else z
+
+    def _by_teacher(self, rows: Tensor) -> Tensor:
+        """The noise that the teacher makes of rows of data and contexts."""
+        if not self._teacher:
+            raise DensityError("coupling: the flow that this one was rectified from is gone; call its rectify().")
+        y, c = rows.split([self.features, rows.shape[1] - self.features], 1)
+        with torch.no_grad():
+            return self._teacher[0].to(y.device).pull_rows(y, c if self.context_shape else None)
 
     def rectify(self) -> ContinuousFlow:
         """A flow that starts as a copy of this one and, when fitted to the same data, learns to be straight.
@@ -244,15 +249,16 @@ class ContinuousFlow(GenerativeModel):
             arguments["network"] = copy.deepcopy(self.network)
         student = type(self)(**{**arguments, "baseline": self.baseline})
         student.to(*reversed(self.place)).load_state_dict(self.state_dict())
-        teacher = copy.deepcopy(self).freeze()
-        if self._given is None:  # pairs need not be as accurate as densities
-            teacher.solver = RK4(max(4, self._steps // 2))
-        student._teacher = (teacher,)
+        student._teacher = (copy.deepcopy(self).freeze(),)
         return student
 
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Learn the units of data and context; a rectified flow has those of its teacher."""
-        if self.coupling != "rectified":
+        """Learn the units of data and context; a rectified flow has those of its teacher, and asks it for the noise."""
+        if self.coupling == "rectified":
+            _, rows, c = self(context)._rows(x, self.event_shape)
+            y = self.coordinates.pull(rows)[0]
+            self._pairs = Pairs(y if c is None else torch.cat([y, c], 1), self._by_teacher)
+        else:
             super().standardize(x, context)
 
     # -- looking inside ------------------------------------------------------------------------------------------
