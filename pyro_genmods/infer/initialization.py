@@ -50,7 +50,9 @@ def anywhere(site: dict[str, Any]) -> Tensor:
     """A value in the support, also of what cannot be drawn from: a draw, or uniform in unconstrained space."""
     fn = site["fn"]
     try:
-        return fn.sample().detach()
+        value = fn.sample().detach()
     except NotImplementedError:
         bijection = biject_to(fn.support)
-        return bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
+        value = bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
+    value._pyro_custom_init = False  # any other will do: a reparameterised site starts as its strategy has it
+    return value
