@@ -80,7 +80,7 @@ class GenerativeModel(Mechanism):
         """What remains to be decided once the weights are learned; nothing, by default. Called by ``fit`` at its end.
 
         Arguments:
-            x: the examples that were learned from, ``(n, *event_shape)``.
+            x: the examples, ``(n, *event_shape)``, on whatever device they are.
             context: ``(n, *context_shape)`` or ``None``.
         """
 

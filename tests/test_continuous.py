@@ -19,6 +19,7 @@ from pyro_genmods.foundation.errors import DensityError, IntegrationError, Shape
 from pyro_genmods.foundation.vector_field import VectorField
 from pyro_genmods.infer import MCMC, SMC
 from pyro_genmods.transform import RK4, DormandPrince, Euler, Heun
+from pyro_genmods.transform.pairs import Pairs
 
 from .linear_gaussian import (
     DOUBLE,
@@ -401,6 +402,37 @@ def test_rectified_paths_are_straighter_and_need_fewer_steps(learned):
     assert not any(name.startswith("_teacher") for name in student.state_dict())
 
 
+def test_the_noise_of_a_row_is_asked_for_once():
+    asked = []
+
+    def square(rows: Tensor) -> Tensor:
+        asked.extend(rows.flatten().tolist())
+        return rows**2
+
+    pairs = Pairs(torch.tensor([[3.0], [1.0], [2.0], [1.0]]), square, chunk=3)
+    assert sorted(asked) == [1.0, 1.0, 2.0, 3.0]
+    for _ in range(2):  # 5 and 0 are new, and remembered
+        assert pairs(torch.tensor([[5.0], [1.0], [0.0], [3.0]])).flatten().tolist() == [25.0, 1.0, 0.0, 9.0]
+    assert asked[4:] == [5.0, 0.0]
+    for _ in range(2):  # no more than the table had are
+        assert pairs(torch.arange(10.0, 20.0)[:, None]).flatten()[-1] == 361.0
+    assert len(asked) == 26
+
+
+def test_a_conditional_flow_is_rectified_at_its_contexts():
+    c = torch.randn(500, 1)
+    x = 2 * c + 0.3 * torch.randn(500, 1)
+    flow = gm.ContinuousFlow(1, 1, hidden_features=(16, 16))
+    gm.fit(flow, x, c, max_epochs=3, seed=0, progress_bar=False)
+    student = flow.rectify()
+    student.standardize(x, c)
+    y, contexts = student.coordinates.pull(x)[0], student.context_standardization(c)
+    assert torch.allclose(student._partners(y, contexts), flow(c).pull(x), atol=1e-4)
+    assert torch.allclose(student._partners(y[:9], contexts.flip(0)[:9]), flow(c.flip(0)[:9]).pull(x[:9]), atol=1e-4)
+    gm.fit(student, x, c, max_epochs=2, seed=0, progress_bar=False)
+    assert student(c).log_prob(x).isfinite().all() and student._pairs is None
+
+
 def test_rectified_without_its_teacher_says_so(learned, tmp_path):
     gm.save(learned.rectify(), tmp_path / "student.safetensors")
     student = gm.load(tmp_path / "student.safetensors")
@@ -430,9 +462,9 @@ def test_fit_finds_the_steps_and_the_law_states_its_tolerance(learned):
 
 def test_calibration_that_fails_warns():
     flow = linear_flow(solver=None)
-    with pytest.warns(RuntimeWarning, match="128 steps leave an error of .*, more than the tolerance 1e-15"):
+    with pytest.warns(RuntimeWarning, match="256 steps leave an error of .*, more than the tolerance 1e-15"):
         flow.calibrate(1e-15)
-    assert flow.solver == RK4(128)
+    assert flow.solver == RK4(256)
 
 
 def test_a_solver_of_the_callers_stays(tmp_path):
@@ -442,6 +474,13 @@ def test_a_solver_of_the_callers_stays(tmp_path):
     gm.save(flow, tmp_path / "flow.safetensors")
     again = gm.load(tmp_path / "flow.safetensors")
     assert again.solver == Heun(5) and torch.equal(again().log_prob(moons(3)), flow().log_prob(moons(3)))
+
+
+def test_an_assigned_solver_is_saved(learned, tmp_path):
+    flow = copy.deepcopy(learned)
+    flow.solver = Heun(7)
+    gm.save(flow, tmp_path / "flow.safetensors")
+    assert gm.load(tmp_path / "flow.safetensors").solver == Heun(7) and learned.solver != Heun(7)
 
 
 def test_the_number_of_steps_is_kept(learned, tmp_path):
@@ -524,6 +563,8 @@ def test_a_lost_chain_does_not_end_the_others():
         ),
         (lambda: gm.ContinuousFlow(2, event_shape=(3,)), ShapeError, "has 3 coordinates, features is 2"),
         (lambda: gm.ContinuousFlow(2, hidden_features=(0,)), ValueError, "hidden_features: got"),
+        (lambda: gm.ContinuousFlow(2, hidden_features=()), ValueError, "hidden_features: got"),
+        (lambda: gm.ContinuousFlow(2, probes=0), ValueError, "probes: got 0"),
         (lambda: gm.ContinuousFlow(2, 1)(), ShapeError, "context: ContinuousFlow is conditional"),
         (lambda: gm.ContinuousFlow(2)().log_prob(torch.zeros(3)), ShapeError, r"value: got shape \(3,\)"),
         (lambda: gm.ContinuousFlow(2).path(torch.zeros(4, 3), torch.ones(1)), ShapeError, r"value: got shape \(4, 3\)"),

@@ -893,7 +893,10 @@ def test_a_frozen_prior_stays_what_it_is(law):
 def test_what_has_no_density_is_refused_with_the_remedy(law):
     d = law.distribution(3)
     x = d.sample()
-    model = lambda: pyro.sample("x", d.to_event(1))  # noqa: E731
+
+    def model():
+        pyro.sample("x", d.to_event(1))
+
     refused = [lambda: d.log_prob(x), lambda: d.score(x), lambda: d.push_and_log_prob(asked(law, d))]
     refused += [lambda: pyro.infer.NUTS(model).setup(1)]
     refused += [lambda: pyro.infer.SVI(model, AutoNormal(model), pyro.optim.Adam({}), pyro.infer.Trace_ELBO()).step()]

@@ -32,6 +32,8 @@ from .networks import zero_output_layer
 
 __all__ = ["VectorField"]
 
+FEW = 8
+
 
 class VectorField(nn.Module):
     r"""A multilayer perceptron for a velocity, modulated by time and context; zero before training.
@@ -39,7 +41,8 @@ class VectorField(nn.Module):
     Arguments:
         features: number of columns of rows and velocities.
         context_features: number of columns of contexts.
-        hidden_features: widths of the hidden layers.
+        hidden_features: widths of the hidden layers; three of 128 for up to eight features, for which a third layer's
+            divergence is cheap, and two of 256 beyond.
         frequencies: number of frequencies :math:`\cos(k \pi t), \sin(k \pi t)` by which time is told.
 
     Shape:
@@ -59,10 +62,12 @@ class VectorField(nn.Module):
         self,
         features: int,
         context_features: int = 0,
-        hidden_features: Sequence[int] = (128, 128),
+        hidden_features: Sequence[int] | None = None,
         frequencies: int = 8,
     ) -> None:
         super().__init__()
+        if hidden_features is None:
+            hidden_features = (128,) * 3 if features <= FEW else (256, 256)
         if not hidden_features or min(hidden_features) < 1:
             raise ValueError(
                 f"hidden_features: got {tuple(hidden_features)}, needs at least one layer, of positive width."

@@ -134,7 +134,7 @@ def fit(
         state = _train(plan, state, store, device, progress_bar, trainer_options)
     state.restore_best(model)
     model.eval()
-    plan.conclude(state.history.seed)
+    model.after_fit(examples.x, examples.context)
     if state.history.stopped.startswith("non-finite"):
         warnings.warn(
             f"training stopped: {state.history.stopped}. The model has the weights of epoch "
@@ -175,13 +175,6 @@ class _Plan:
         if isinstance(self.validation, Examples):
             return self.examples, self.validation
         return split(self.examples, self.validation, seed) if self.validation else (self.examples, None)
-
-    def conclude(self, seed: int) -> None:
-        """Let the model decide what depends on its final weights."""
-        train, _ = self.split(seed)
-        _, device = self.model.place
-        examples = train.to(device)
-        self.model.after_fit(examples.x, examples.context)
 
     def begin(self, train: Examples, seed: int) -> TrainingState:
         """Learn the units, and start."""

@@ -37,6 +37,5 @@ def _import_zuko() -> None:
 _import_zuko()
 
 import zuko  # noqa: E402
-from zuko.utils import GaussLegendre  # noqa: E402
 
-__all__ = ["GaussLegendre", "zuko"]
+__all__ = ["zuko"]

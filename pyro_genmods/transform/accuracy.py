@@ -20,7 +20,7 @@ from ..mechanism import Mechanism
 __all__ = ["error_of", "steps_needed", "straightness_of"]
 
 ROWS = 256
-STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 REFERENCE = DormandPrince(1e-6, 1e-7)
 
 
@@ -103,14 +103,14 @@ def _rows(model: Mechanism, x: Tensor | None, context: Tensor | None) -> tuple[T
         if model.context_shape:
             c = z.new_empty(ROWS, model.context_shape.numel()).normal_()
             if context is not None:
-                c = model.context_standardization(
-                    context.reshape(-1, c.shape[1])[_cycle(context.numel() // c.shape[1])]
-                )
-        return z, None if x is None else model.coordinates.pull(x[_cycle(len(x))])[0], c
+                given = context.reshape(-1, c.shape[1])
+                c = model.context_standardization(given[_spread(len(given))].to(z))
+        return z, None if x is None else model.coordinates.pull(x[_spread(len(x))].to(z))[0], c
 
 
-def _cycle(rows: int) -> Tensor:
-    return torch.arange(ROWS) % rows
+def _spread(rows: int) -> Tensor:
+    """Some of the rows, from all over the data."""
+    return torch.arange(ROWS) * rows // ROWS
 
 
 def _solutions(model: Any, solver: Solver, z: Tensor, y: Tensor | None, c: Tensor | None) -> list[Tensor]:

@@ -51,10 +51,10 @@ from .accuracy import error_of, steps_needed, straightness_of
 from .fluid import Fluid, check_velocity
 from .pairing import optimal_pairing
 from .pairs import Pairs
+from .pushforward import training_rows
 
 __all__ = ["ContinuousDistribution", "ContinuousFlow"]
 
-FEW = 8  # features for which a third layer's divergence is cheap
 COUPLINGS = ("independent", "optimal_transport", "rectified")
 
 
@@ -138,6 +138,8 @@ class ContinuousFlow(GenerativeModel):
         _check("objective", objective, ("flow_matching", "likelihood"))
         _check("trace", trace, ("exact", "hutchinson"))
         _check("coupling", coupling, COUPLINGS)
+        if probes < 1:
+            raise ValueError(f"probes: got {probes}, needs at least 1.")
         if coupling == "optimal_transport" and context_features:
             raise ValueError(
                 "coupling: pairs at the least distance make the noise depend on the context, and the model learns "
@@ -153,16 +155,16 @@ class ContinuousFlow(GenerativeModel):
         self.objective, self.trace, self.coupling = objective, trace, coupling
         self.baseline = objective == "flow_matching" and coupling == "independent" if baseline is None else baseline
         self.density = Density.EXACT if trace == "exact" else Density.ESTIMATE
-        hidden = tuple(hidden_features or ((128,) * 3 if features <= FEW else (256, 256)))
-        self.network = network or VectorField(features, context_features, hidden)
+        if network is None:
+            network = VectorField(features, context_features, hidden_features)
+        check_velocity(network, features, context_features)
+        self.network = network
         self.register_buffer("probes", rademacher(probes, features))
         self.register_buffer("steps", torch.tensor(16))
         self._given, self._steps, self._last = solver, 16, None
         self._teacher: tuple[ContinuousFlow, ...] = ()
         self._pairs: Pairs | None = None
-        if network is not None:
-            self.to(*reversed(place_of(network)))
-            check_velocity(network, features, context_features)
+        self.to(*reversed(place_of(self.network)))
 
     def forward(self, context: Tensor | None = None) -> ContinuousDistribution:
         """The distribution at a context, see :meth:`pyro_genmods.GenerativeModel.forward`."""
@@ -177,12 +179,13 @@ class ContinuousFlow(GenerativeModel):
 
     @property
     def solver(self) -> Solver:
-        """How the equation is solved; assign another one at any time, or ``None`` for the default."""
+        """How the equation is solved; assign another at any time, or ``None`` for the default."""
         return RK4(self._steps) if self._given is None else self._given
 
     @solver.setter
     def solver(self, solver: Solver | None) -> None:
         self._given = solver
+        self.constructor_arguments = {**self.constructor_arguments, "solver": solver}  # to be saved
 
     @property
     def cost(self) -> Cost:
@@ -233,8 +236,7 @@ class ContinuousFlow(GenerativeModel):
         """A flow that starts as a copy of this one and, when fitted to the same data, learns to be straight.
 
         Each example is joined with the noise that *this* flow carries to it. Such lines do not cross, so that the new
-        flow needs few steps: fit it, and it finds out how few. This flow is kept, frozen, until the new one is dropped;
-        it is not saved with it.
+        flow needs few steps: fit it, and it finds out how few. It keeps a frozen copy of this one, which is not saved.
 
         Reference:
             X. Liu, C. Gong, Q. Liu, Flow Straight and Fast, 2022, arXiv:2209.03003.
@@ -255,8 +257,7 @@ class ContinuousFlow(GenerativeModel):
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Learn the units of data and context; a rectified flow has those of its teacher, and asks it for the noise."""
         if self.coupling == "rectified":
-            _, rows, c = self(context)._rows(x, self.event_shape)
-            y = self.coordinates.pull(rows)[0]
+            y, c = training_rows(self, x, context)
             self._pairs = Pairs(y if c is None else torch.cat([y, c], 1), self._by_teacher)
         else:
             super().standardize(x, context)
@@ -292,7 +293,7 @@ class ContinuousFlow(GenerativeModel):
         return torch.stack(places)
 
     def straightness(self, context: Tensor | None = None) -> float:
-        r"""Share of the squared speed that is not the displacement, 0 for straight paths at constant speed:
+        r"""How much paths bend, 0 for straight ones at constant speed:
         :math:`\int_0^1 \mathbb E \|v(t, y_t) - (y_1 - y_0)\|^2 \,\mathrm dt \,/\, \mathbb E \|y_1 - y_0\|^2`.
         """
         return straightness_of(self, context)
@@ -300,7 +301,8 @@ class ContinuousFlow(GenerativeModel):
     # -- accuracy ------------------------------------------------------------------------------------------------
 
     def after_fit(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Find the number of steps that the learned field needs, where no solver was chosen."""
+        """Find the number of steps that the learned field needs, where no solver was chosen; let go of pairs."""
+        self._pairs = None
         if self._given is None:
             self.calibrate(x=x, context=context)
 
@@ -316,7 +318,7 @@ class ContinuousFlow(GenerativeModel):
             The number of steps; the evaluations of the network are four times as many.
 
         Warns:
-            RuntimeWarning: 128 steps do not meet the tolerance; the largest number is kept.
+            RuntimeWarning: 256 steps do not meet the tolerance; they are kept.
         """
         self._steps, found = steps_needed(self, tolerance, x, context)
         self.steps.fill_(self._steps)
@@ -357,7 +359,7 @@ class ContinuousFlow(GenerativeModel):
         return _normal(end[:, :-1]) + end[:, -1]
 
     def push_and_log_prob_by(self, solver: Solver | None, z: Noise, c: Context | None) -> tuple[Rows, Values]:
-        """Noise to rows and their log density by a solver of the caller's choice."""
+        """Noise to rows and their log density by such a solver."""
         end = self._solve(self._fluid().augmented, nn.functional.pad(z, (0, 1)), c, (0.0, 1.0), solver)
         return end[:, :-1], _normal(z) - end[:, -1]
 

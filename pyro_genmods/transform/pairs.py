@@ -17,6 +17,8 @@ __all__ = ["Pairs"]
 class Pairs:
     """A partner for each row of a table.
 
+    Rows that are not in the table are made, and remembered as long as they are no more than the table has.
+
     Arguments:
         rows: ``(n, columns)``.
         partner: from rows ``(m, columns)`` to their partners ``(m, k)``.
@@ -31,21 +33,26 @@ class Pairs:
     """
 
     def __init__(self, rows: Tensor, partner: Callable[[Tensor], Tensor], chunk: int = 4096) -> None:
-        self.partner = partner
-        keys, order = _keys(rows).sort()
-        self.keys, self.rows = keys, rows[order]
-        self.partners = torch.cat([partner(part) for part in self.rows.split(chunk)])
+        self.partner, self.most = partner, 2 * len(rows)
+        self._keep(rows, torch.cat([partner(part) for part in rows.split(chunk)]))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Partners of rows; those of rows that are not in the table are made."""
-        keys, table, partners = (x.to(rows.device) for x in (self.keys, self.rows, self.partners))
-        places = torch.searchsorted(keys, _keys(rows)).clamp_max(len(keys) - 1)
-        found = (table[places] == rows).all(-1)
+        """Partners of rows ``(m, columns)``, ``(m, k)``."""
+        if self.rows.device != rows.device:
+            self._keep(self.rows.to(rows.device), self.partners.to(rows.device))
+        places = torch.searchsorted(self.keys, _keys(rows)).clamp_max(len(self.keys) - 1)
+        found, partners = (self.rows[places] == rows).all(-1), self.partners[places]
         if bool(found.all()):
-            return partners[places]
-        made = partners[places].clone()
-        made[~found] = self.partner(rows[~found])
-        return made
+            return partners
+        new = rows[~found]
+        partners[~found] = made = self.partner(new)
+        if len(self.rows) + len(new) <= self.most:
+            self._keep(torch.cat([self.rows, new]), torch.cat([self.partners, made]))
+        return partners
+
+    def _keep(self, rows: Tensor, partners: Tensor) -> None:
+        self.keys, order = _keys(rows).sort()
+        self.rows, self.partners = rows[order], partners[order]
 
 
 def _keys(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributions import Transform
 
-from ._zuko import GaussLegendre, zuko
+from ._zuko import zuko
 
 __all__ = ["with_ordinary_gradients"]
 
@@ -23,7 +23,7 @@ class OrdinaryIntegralTransform(T.UnconstrainedMonotonicTransform):
     """zuko's transform with the same values and a quadrature that is differentiated as it stands."""
 
     def f(self, x: Tensor) -> Tensor:
-        return GaussLegendre.quadrature(self.g, x.new_zeros(x.shape), x, self.n)
+        return zuko.utils.GaussLegendre.quadrature(self.g, x.new_zeros(x.shape), x, self.n)
 
 
 def with_ordinary_gradients(transform: Transform) -> Transform:
