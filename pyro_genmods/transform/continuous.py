@@ -333,10 +333,7 @@ class ContinuousFlow(GenerativeModel):
         return self._steps
 
     def error(self, context: Tensor | None = None) -> float:
-        """Largest error of the solver over 256 draws: of a log density in nats, or of a draw in standard deviations.
-
-        Found by solving again with half the steps' length, or a tenth of the tolerance.
-        """
+        """Largest error of the solver over 256 draws: of a log density in nats, or of a draw in standard deviations."""
         return error_of(self, self.solver, context)
 
     # -- row functions -------------------------------------------------------------------------------------------
