@@ -90,9 +90,9 @@ def straightness_of(model: Any, context: Tensor | None = None, points: int = 16)
         y, total = z, torch.zeros((), dtype=z.dtype, device=z.device)
         velocity, end = model._fluid().velocity, model.push_rows(z, c)
         for k in range(points):
-            middle = (k + 0.5) / points
-            y = model._solve(velocity, y, c, ((k - 0.5) / points if k else 0.0, middle))
-            total = total + (velocity(y.new_tensor(middle), y, c) - (end - z)).square().sum(-1).mean()
+            times = y.new_tensor([max(k - 0.5, 0.0) / points, (k + 0.5) / points])
+            y = model._solve(velocity, y, c, times)
+            total = total + (velocity(times[1], y, c) - (end - z)).square().sum(-1).mean()
         return float(total / points / (end - z).square().sum(-1).mean())
 
 

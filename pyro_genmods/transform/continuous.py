@@ -161,6 +161,7 @@ class ContinuousFlow(GenerativeModel):
         self.network = network
         self.register_buffer("probes", rademacher(probes, features))
         self.register_buffer("steps", torch.tensor(16))
+        self.register_buffer("times", torch.tensor([0.0, 1.0]), persistent=False)
         self._given, self._steps, self._last = solver, 16, None
         self._teacher: tuple[ContinuousFlow, ...] = ()
         self._pairs: Pairs | None = None
@@ -285,10 +286,9 @@ class ContinuousFlow(GenerativeModel):
             torch.Size([9, 5, 2])
         """
         lead, rows, c, _ = self(context)._noise_rows(z)
-        before, places = 0.0, []
-        for time in times.tolist():
-            rows = rows if time == before else self._solve(self._fluid().velocity, rows, c, (before, time))
-            before = time
+        places = []
+        for ends in torch.cat([self.times[:1], times.to(rows)]).unfold(0, 2, 1):
+            rows = rows if ends[0] == ends[1] else self._solve(self._fluid().velocity, rows, c, ends)
             places.append(self.coordinates.push(rows)[0].reshape(lead + self.event_shape))
         return torch.stack(places)
 
@@ -342,34 +342,32 @@ class ContinuousFlow(GenerativeModel):
         return self.log_prob_by(None, y, c)
 
     def push_rows(self, z: Noise, c: Context | None) -> Rows:
-        return self._solve(self._fluid().velocity, z, c, (0.0, 1.0))
+        return self._solve(self._fluid().velocity, z, c, self.times)
 
     def pull_rows(self, y: Rows, c: Context | None) -> Noise:
-        return self._solve(self._fluid().velocity, y, c, (1.0, 0.0))
+        return self._solve(self._fluid().velocity, y, c, self.times.flip(0))
 
     def push_and_log_prob_rows(self, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         return self.push_and_log_prob_by(None, z, c)
 
     def log_prob_by(self, solver: Solver | None, y: Rows, c: Context | None, probes: Tensor | None = None) -> Values:
         """Log density of rows by a solver of the caller's choice, which is NaN where it fails."""
-        end = self._solve(self._fluid(probes).augmented, nn.functional.pad(y, (0, 1)), c, (1.0, 0.0), solver)
+        end = self._solve(self._fluid(probes).augmented, nn.functional.pad(y, (0, 1)), c, self.times.flip(0), solver)
         return _normal(end[:, :-1]) + end[:, -1]
 
     def push_and_log_prob_by(self, solver: Solver | None, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         """Noise to rows and their log density by such a solver."""
-        end = self._solve(self._fluid().augmented, nn.functional.pad(z, (0, 1)), c, (0.0, 1.0), solver)
+        end = self._solve(self._fluid().augmented, nn.functional.pad(z, (0, 1)), c, self.times, solver)
         return end[:, :-1], _normal(z) - end[:, -1]
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
-    def _solve(
-        self, field: Field, y: Tensor, c: Tensor | None, times: tuple[float, float], solver: Solver | None = None
-    ) -> Tensor:
+    def _solve(self, field: Field, y: Tensor, c: Tensor | None, times: Tensor, solver: Solver | None = None) -> Tensor:
         report: list[int] = []
         end = odeint(
             field,
             y,
-            torch.tensor(times, dtype=y.dtype, device=y.device),
+            times,
             solver or self.solver,
             context=c,
             parameters=tuple(self.network.parameters()),
