@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .distribution import GenerativeDistribution
 from .foundation.objectives import negative_log_likelihood
+from .foundation.shapes import Context, Rows
 from .mechanism import Cost, Density, Mechanism
 
 __all__ = ["Cost", "Density", "GenerativeDistribution", "GenerativeModel", "Mechanism"]
@@ -75,6 +76,19 @@ class GenerativeModel(Mechanism):
         self.coordinates.standardize(x)
         if self.context_standardization is not None and context is not None:
             self.context_standardization.fit_(context.reshape(len(context), -1))
+
+    def rows(self, x: Tensor, context: Tensor | None = None) -> tuple[Rows, Context | None]:
+        """Examples and contexts in the coordinates in which networks learn.
+
+        Arguments:
+            x: ``(batch, *event_shape)``, in the user's units.
+            context: ``(batch, *context_shape)`` or ``None``.
+
+        Returns:
+            ``(batch, features)`` and ``(batch, context)``, or ``None``.
+        """
+        _, rows, c = self(context)._rows(x, self.event_shape)
+        return self.coordinates.pull(rows)[0], c
 
     def after_fit(self, x: Tensor, context: Tensor | None = None) -> None:
         """What remains to be decided once the weights are learned; nothing, by default. Called by ``fit`` at its end.

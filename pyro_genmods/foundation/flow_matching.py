@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_velocity", "late_times", "straight_line"]
+__all__ = ["gaussian_velocity", "late_times", "straight_line", "stratified_normal"]
 
 
 def straight_line(z: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,21 @@ def late_times(rows: int, like: Tensor, centre: float = 1.0, spread: float = 1.4
         >>> round(float(t.logit().mean()), 1), round(float(t.logit().std()), 1)
         (1.0, 1.4)
     """
+    return (centre + spread * stratified_normal(rows, like)).sigmoid()
+
+
+def stratified_normal(rows: int, like: Tensor) -> Tensor:
+    """Standard normal numbers ``(rows, 1)`` in random order, one in each of ``rows`` equal parts of their law.
+
+    Arguments:
+        rows: how many.
+        like: a tensor of the wanted dtype and device.
+
+    Example:
+        >>> abs(float(stratified_normal(1000, torch.zeros(())).mean())) < 0.01
+        True
+    """
     places = torch.randperm(rows, device=like.device)[:, None]
     u = (places + torch.rand(rows, 1, dtype=like.dtype, device=like.device)) / rows
     eps = torch.finfo(like.dtype).eps
-    return (centre + spread * torch.special.ndtri(u.clamp(eps, 1 - eps))).sigmoid()
+    return torch.special.ndtri(u.clamp(eps, 1 - eps))

@@ -19,7 +19,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["bracket_root", "chandrupatla", "implicit_gradient", "invert_monotone", "log_ndtr", "normal_quantile"]
+__all__ = [
+    "bracket_root",
+    "chandrupatla",
+    "implicit_gradient",
+    "invert_monotone",
+    "log_ndtr",
+    "normal_log_prob",
+    "normal_quantile",
+]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -178,6 +186,22 @@ def log_ndtr(x: Tensor) -> Tensor:
     left, right = x.clamp(max=0), x.clamp(min=0)
     lower = (torch.special.erfcx(-left * math.sqrt(0.5)) / 2).log() - left.square() / 2
     return torch.where(x < 0, lower, torch.log1p(torch.erfc(right * math.sqrt(0.5)) / -2))
+
+
+def normal_log_prob(z: Tensor) -> Tensor:
+    r"""Log density of standard normal rows, :math:`-\tfrac12 \|z\|^2 - \tfrac n2 \log 2\pi`.
+
+    Arguments:
+        z: ``(..., n)``.
+
+    Returns:
+        ``(...,)``.
+
+    Example:
+        >>> normal_log_prob(torch.tensor([[0.0, 1.0]]))
+        tensor([-2.3379])
+    """
+    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
 def normal_quantile(log_lower: Tensor, log_upper: Tensor, iterations: int = 3) -> Tensor:

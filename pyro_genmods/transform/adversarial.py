@@ -42,7 +42,7 @@ from ..foundation.objectives import energy_score, gradient_penalty, wasserstein_
 from ..foundation.shapes import Context, Rows, Values
 from .corrected import Corrected
 from .critic import check_critic, judge, make_critic
-from .pushforward import Pushforward, training_rows
+from .pushforward import Pushforward
 
 __all__ = ["Adversarial"]
 
@@ -153,7 +153,7 @@ class Adversarial(Pushforward):
         Returns:
             ``(batch,)``, in standard deviations of the coordinates.
         """
-        y, c = training_rows(self, x, context)
+        y, c = self.rows(x, context)
         return judge(self.critic, y, c) - judge(self.critic, self.sample_rows(len(y), c), c)
 
     def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -169,7 +169,7 @@ class Adversarial(Pushforward):
         """
         if not self.training:
             return super().loss(x, context)
-        y, c = training_rows(self, x, context)
+        y, c = self.rows(x, context)
         self.turn += 1
         moves = int(self.turn) % self.critic_steps == 0 and torch.is_grad_enabled()
         with torch.set_grad_enabled(moves):

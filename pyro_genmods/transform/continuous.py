@@ -27,7 +27,6 @@ References:
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -43,6 +42,7 @@ from ..foundation.divergence import rademacher
 from ..foundation.errors import DensityError, ShapeError
 from ..foundation.flow_matching import late_times, straight_line
 from ..foundation.networks import place_of, zero_output_layer
+from ..foundation.numerics import normal_log_prob
 from ..foundation.ode import RK4, Solver, odeint
 from ..foundation.runge_kutta import Field
 from ..foundation.shapes import Context, Noise, Rows, Values
@@ -51,7 +51,6 @@ from .accuracy import error_of, steps_needed, straightness_of
 from .fluid import Fluid, check_velocity
 from .pairing import optimal_pairing
 from .pairs import Pairs
-from .pushforward import training_rows
 
 __all__ = ["ContinuousDistribution", "ContinuousFlow"]
 
@@ -258,7 +257,7 @@ class ContinuousFlow(GenerativeModel):
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Learn the units of data and context; a rectified flow has those of its teacher, and asks it for the noise."""
         if self.coupling == "rectified":
-            y, c = training_rows(self, x, context)
+            y, c = self.rows(x, context)
             self._pairs = Pairs(y if c is None else torch.cat([y, c], 1), self._by_teacher)
         else:
             super().standardize(x, context)
@@ -353,12 +352,12 @@ class ContinuousFlow(GenerativeModel):
     def log_prob_by(self, solver: Solver | None, y: Rows, c: Context | None, probes: Tensor | None = None) -> Values:
         """Log density of rows by a solver of the caller's choice, which is NaN where it fails."""
         end = self._solve(self._fluid(probes).augmented, nn.functional.pad(y, (0, 1)), c, self.times.flip(0), solver)
-        return _normal(end[:, :-1]) + end[:, -1]
+        return normal_log_prob(end[:, :-1]) + end[:, -1]
 
     def push_and_log_prob_by(self, solver: Solver | None, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         """Noise to rows and their log density by such a solver."""
         end = self._solve(self._fluid().augmented, nn.functional.pad(z, (0, 1)), c, self.times, solver)
-        return end[:, :-1], _normal(z) - end[:, -1]
+        return end[:, :-1], normal_log_prob(z) - end[:, -1]
 
     # -- pieces --------------------------------------------------------------------------------------------------
 
@@ -385,10 +384,6 @@ class ContinuousFlow(GenerativeModel):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._steps = int(self.steps)
-
-
-def _normal(z: Tensor) -> Tensor:
-    return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
 
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ from ..foundation.networks import zero_output_layer
 from ..foundation.objectives import logistic_contrast
 from ..foundation.shapes import Context, Noise, Rows, Values
 from .critic import check_critic, judge, make_critic
-from .pushforward import Pushforward, training_rows
+from .pushforward import Pushforward
 
 __all__ = ["Corrected", "CorrectedDistribution", "TiltedNoise"]
 
@@ -199,7 +199,7 @@ class Corrected(GenerativeModel):
         Returns:
             ``(batch,)``, in nats.
         """
-        y, c = training_rows(self, x, context)
+        y, c = self.rows(x, context)
         with torch.no_grad():
             fake = self.pushforward.sample_rows(len(y), c)
         both = judge(self.critic, torch.cat([y, fake]), None if c is None else torch.cat([c, c]))

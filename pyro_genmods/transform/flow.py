@@ -35,6 +35,7 @@ from ..contract import Cost, Density, GenerativeModel
 from ..coordinates import circular, event_shape_on
 from ..foundation.errors import DensityError, InverseError, ShapeError
 from ..foundation.networks import place_of, zero_output_layer
+from ..foundation.numerics import normal_log_prob
 from ..foundation.shapes import Context, Noise, Rows, Values
 from ._zuko import zuko
 from .free_form import with_own_steps
@@ -278,7 +279,7 @@ class Flow(GenerativeModel):
         if self.uniform_base:
             return z.new_full(z.shape[:-1], -z.shape[-1] * math.log(2 * math.pi))
         if self.standard_base:
-            return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+            return normal_log_prob(z)
         z = (z - base.loc) / base.scale
         return -(0.5 * z.square() + base.scale.log()).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 

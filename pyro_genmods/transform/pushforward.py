@@ -38,11 +38,12 @@ from ..contract import Cost, Density, GenerativeModel
 from ..coordinates import event_shape_on
 from ..foundation.errors import ShapeError
 from ..foundation.networks import place_of
+from ..foundation.numerics import normal_log_prob
 from ..foundation.objectives import energy_score
 from ..foundation.shapes import Context, Noise, Rows, Values
 from .preimage import log_gram, preimage, value_and_jacobian
 
-__all__ = ["Pushforward", "training_rows"]
+__all__ = ["Pushforward"]
 
 
 class Pushforward(GenerativeModel):
@@ -158,7 +159,7 @@ class Pushforward(GenerativeModel):
     def push_and_log_prob_rows(self, z: Noise, c: Context | None) -> tuple[Rows, Values]:
         if self.density is Density.IMPLICIT:
             return super().push_and_log_prob_rows(z, c)
-        base = -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        base = normal_log_prob(z)
         if self.latent_features == self.features:
             y, jacobian = value_and_jacobian(lambda z: self.push_rows(z, c), z)
             return y, base - log_gram(jacobian)
@@ -181,7 +182,7 @@ class Pushforward(GenerativeModel):
         Returns:
             ``(batch,)``, in standard deviations of the coordinates.
         """
-        y, c = training_rows(self, x, context)
+        y, c = self.rows(x, context)
         return energy_score(y, self._draws(len(y), c))
 
     def _draws(self, rows: int, c: Tensor | None) -> Tensor:
@@ -189,22 +190,6 @@ class Pushforward(GenerativeModel):
         draws = self.DRAWS[self.training]
         y = self.push_rows(self._noise(draws * rows), None if c is None else c.repeat(draws, 1))
         return y.unflatten(0, (draws, rows))
-
-
-def training_rows(model: GenerativeModel, x: Tensor, context: Tensor | None) -> tuple[Rows, Context | None]:
-    """Examples and contexts in the coordinates in which networks learn, ``(batch, features)`` and ``(batch, context)``.
-
-    Arguments:
-        model: tells the coordinates.
-        x: ``(batch, *event_shape)``, in the user's units.
-        context: ``(batch, *context_shape)`` or ``None``.
-
-    Example:
-        >>> training_rows(Pushforward(nn.Linear(2, 3), 2), torch.zeros(4, 3), None)[0].shape
-        torch.Size([4, 3])
-    """
-    _, rows, c = model(context)._rows(x, model.event_shape)
-    return model.coordinates.pull(rows)[0], c
 
 
 def _probe(generator: nn.Module, latent_features: int, context_features: int) -> Size:
