@@ -5,8 +5,9 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 ``Predictive``. See the README for a tour and ``docs/design.md`` for the ideas.
 """
 
-from . import diagnostics, factorize, infer, transform
+from . import diagnostics, evolve, factorize, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
+from .evolve import Diffusion
 from .factorize import Autoregressive
 from .io import load, save
 from .training import TrainingHistory, fit
@@ -21,11 +22,13 @@ __all__ = [
     "ContinuousFlow",
     "Cost",
     "Density",
+    "Diffusion",
     "Flow",
     "GenerativeDistribution",
     "GenerativeModel",
     "TrainingHistory",
     "diagnostics",
+    "evolve",
     "factorize",
     "fit",
     "infer",

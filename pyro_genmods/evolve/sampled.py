@@ -1,0 +1,88 @@
+"""The law of what a sampler makes of a diffusion: a pushforward of all the noise that it draws.
+
+A few steps of a sampler define a law of their own, near that of the probability flow. It has no density, and needs none
+in noise space: with :class:`~pyro_genmods.infer.PushforwardReparam` eight to sixteen calls are one evaluation of a
+posterior, and the inference is exact for this law.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from ..contract import Cost, Density, GenerativeModel
+from ..foundation.errors import DensityError
+from ..foundation.ode import FixedStep
+from ..foundation.shapes import Context, Noise, Rows
+from .samplers import Sampler
+
+__all__ = ["SampledLaw"]
+
+
+class SampledLaw(GenerativeModel):
+    """A diffusion's network, read by a sampler.
+
+    Arguments:
+        diffusion: a :class:`~pyro_genmods.Diffusion`; the network is shared, not copied.
+        sampler: a :class:`~pyro_genmods.evolve.samplers.Sampler`, or steps of a solver of the probability flow.
+
+    Shape:
+        noise ``(1 + draws, features)`` where the sampler adds noise on its way, else ``(features,)``.
+
+    Example:
+        >>> import torch, pyro_genmods as gm
+        >>> prior = gm.Diffusion(2).sampled_by(gm.evolve.AdamsBashforth(8))
+        >>> law = prior()
+        >>> law.density.name, law.push(torch.randn(5, 2)).shape, prior.cost.sample
+        ('IMPLICIT', torch.Size([5, 2]), 8)
+    """
+
+    density = Density.IMPLICIT
+
+    def __init__(self, diffusion: GenerativeModel, sampler: Sampler | FixedStep) -> None:
+        if not hasattr(diffusion, "denoiser"):
+            raise TypeError(f"diffusion: got {type(diffusion).__name__}, needs a Diffusion.")
+        if not isinstance(sampler, Sampler | FixedStep):
+            raise TypeError(
+                f"sampler: got {type(sampler).__name__}, needs a sampler of pyro_genmods.evolve, such as Ancestral(64) "
+                "or RK4(16)."
+            )
+        super().__init__(diffusion.event_shape, diffusion.context_shape, diffusion.coordinates.support)
+        self.diffusion, self.sampler = diffusion, sampler
+        self.coordinates = diffusion.coordinates
+        self.context_standardization = diffusion.context_standardization
+        self.has_rsample = getattr(sampler, "differentiable", True)
+
+    @property
+    def cost(self) -> Cost:
+        """Calls of the network for a draw."""
+        return Cost(sample=self.sampler.evaluations, score=None)
+
+    @property
+    def noise_shape(self) -> Size:
+        """One row, or one more than the sampler draws."""
+        draws = getattr(self.sampler, "draws", 0)
+        return Size([1 + draws, self.features]) if draws else Size([self.features])
+
+    def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Refused: the network is that of the diffusion, which is what to fit."""
+        raise DensityError("SampledLaw: has nothing of its own to learn; fit the diffusion that it reads.")
+
+    def push_rows(self, z: Noise, c: Context | None) -> Rows:
+        first, *rest = z.unbind(1) if z.dim() == 3 else (z,)
+        return self._run(first, c, iter(rest).__next__)
+
+    def sample_rows(self, rows: int, c: Context | None) -> Rows:
+        """Draw rows; noise is drawn when it is needed."""
+        dtype, device = self.place
+        first = torch.randn(rows, self.features, dtype=dtype, device=device)
+        return self._run(first, c, lambda: torch.randn_like(first))
+
+    def _run(self, u: Tensor, c: Tensor | None, draw: Any) -> Rows:
+        model, sampler = self.diffusion, self.sampler
+        angles = model.angles(sampler.steps, getattr(sampler, "schedule", None))
+        if isinstance(sampler, FixedStep):
+            return model.coloured(model._solve(model.denoiser.velocity, u, model.told(c), angles, sampler))
+        return model.coloured(sampler.run(model.denoiser, u, model.told(c), angles, draw))
