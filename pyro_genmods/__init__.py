@@ -7,7 +7,7 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 
 from . import diagnostics, evolve, factorize, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
-from .evolve import Diffusion
+from .evolve import Diffusion, NeuralSDE
 from .factorize import Autoregressive
 from .io import load, save
 from .training import TrainingHistory, fit
@@ -26,6 +26,7 @@ __all__ = [
     "Flow",
     "GenerativeDistribution",
     "GenerativeModel",
+    "NeuralSDE",
     "TrainingHistory",
     "diagnostics",
     "evolve",

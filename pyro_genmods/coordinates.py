@@ -104,9 +104,15 @@ class Standardization(nn.Module):
         self.register_buffer("scale", torch.ones(features))
         self.active = False
 
-    def fit_(self, u: Tensor) -> None:
-        """Set shift and scale to the column means and standard deviations of ``u``; constant columns keep scale 1."""
+    def fit_(self, u: Tensor, common: bool = False) -> None:
+        """Set shift and scale to the column means and standard deviations of ``u``; constant columns keep scale 1.
+
+        Arguments:
+            u: ``(n, features)``.
+            common: take the root mean square of all columns' standard deviations for each.
+        """
         scale = u.std(0, correction=0)
+        scale = scale.square().mean().sqrt().expand_as(scale) if common else scale
         self.shift.copy_(u.mean(0))
         self.scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.active = True
@@ -140,6 +146,8 @@ class Coordinates(nn.Module):
     Attributes:
         features: number of columns of a row; ``numel(event_shape)`` except for supports of lower dimension (a simplex
             of ``k`` entries has ``k - 1``).
+        common: whether :meth:`standardize` takes one scale for all columns, as suits the pixels of images, of which
+            some may then be constant.
 
     Raises:
         SupportError: ``biject_to`` has no bijection for the support.
@@ -163,6 +171,7 @@ class Coordinates(nn.Module):
         self.unconstrained_shape = self.event_shape if self.identity else self._unconstrained_shape()
         self.features = self.unconstrained_shape.numel()
         self.standardization = Standardization(self.features)
+        self.common = False
 
     def _bijection(self) -> Transform:
         return biject_to(self.support)
@@ -270,12 +279,12 @@ class Coordinates(nn.Module):
             u = x.reshape(x.shape[0], self.features) if self.identity else self._bijection().inv(x)
             u = u.reshape(x.shape[0], self.features)
             constant = (u == u[:1]).all(0).nonzero().flatten().tolist()
-            if constant:
+            if len(constant) > (self.features - 1) * self.common:
                 raise DataError(
                     f"column(s) {constant[:8]} of the data are constant: their density is a point mass. "
                     "Drop them, or add noise of the size of the measurement error (dequantisation)."
                 )
-            self.standardization.fit_(u)
+            self.standardization.fit_(u, self.common)
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}, support={self.support}, native={self.native}"

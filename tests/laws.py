@@ -22,6 +22,7 @@ from torch.distributions.transforms import identity_transform
 
 import pyro_genmods as gm
 from pyro_genmods.coordinates import circular
+from pyro_genmods.evolve.energy import ScalarNetwork
 from pyro_genmods.factorize import (
     Bernoulli,
     Categorical,
@@ -37,6 +38,7 @@ from pyro_genmods.factorize import (
 )
 from pyro_genmods.factorize.sequences import Columns, Sequences
 from pyro_genmods.foundation.networks import MLP, SpectralLinear
+from pyro_genmods.foundation.residual import ResidualMLP
 
 import zuko  # isort: skip  (the package puts right what importing zuko changes)
 
@@ -70,6 +72,8 @@ class Law:
         chart: bijection onto the support from where quadrature and differentiation are done; default torch's own.
         chain: whether a draw is the end of a Markov chain, which has no pathwise gradient.
         critic: whether there is a second player, of whom only the loss in training mode asks anything.
+        opened: whether there are ``steps()`` of a sampler.
+        slope: whether ``score`` is the gradient of ``log_prob``, and not a network's own estimate of it.
         core: whether the expensive laws of the battery are asked of it in the fast half, or in the slow half alone.
     """
 
@@ -96,6 +100,8 @@ class Law:
     core: bool = True
     chain: bool = False
     critic: bool = False
+    opened: bool = False
+    slope: bool = True
 
     @property
     def discrete(self) -> bool:
@@ -405,6 +411,76 @@ def continuous(
     return Law(name, build, context=context, **{**promised, **(facts or {})})
 
 
+class Form(nn.Module):
+    """A velocity told in another form."""
+
+    def __init__(self, network: nn.Module, form: str) -> None:
+        super().__init__()
+        self.network, self.form = network, form
+
+    def forward(self, t: Tensor, u: Tensor, c: Tensor | None) -> Tensor:
+        v = self.network(t, u, c)
+        if self.form == "noise":
+            return t.sin() * u + t.cos() * v
+        if self.form == "denoised":
+            return t.cos() * u - t.sin() * v
+        return -(u + v / t.tan()) if self.form == "score" else v
+
+
+def diffusion(
+    name: str,
+    *,
+    features: int = 2,
+    context: int = 0,
+    own: bool = False,
+    sampler: Any = None,
+    support: constraints.Constraint | None = None,
+    facts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Law:
+    """A row of ``gm.Diffusion``, or of one of its samplers, whose network is moved by standard normal draws."""
+    form = kwargs.get("parameterization", "velocity")
+
+    def build() -> gm.GenerativeModel:
+        told = context + bool(kwargs.get("context_dropout"))
+        network: nn.Module = Velocity(features, told) if own else ResidualMLP(features, told, width=8)
+        network = ScalarNetwork(network) if form == "energy" else Form(network, form)
+        model = gm.Diffusion(
+            features, context, network=network, support=support, **{"solver": gm.evolve.RK4(8), **kwargs}
+        )
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model if sampler is None else model.sampled_by(sampler)
+
+    promised = {"support": support or REAL, "event_shape": (features,), "networks": ("network",), "exactness": 3e-4}
+    promised |= {"slope": False, "opened": sampler is None}
+    if kwargs.get("trace") == "hutchinson":
+        promised["density"] = gm.Density.ESTIMATE
+    if sampler is not None:
+        promised["density"] = gm.Density.IMPLICIT
+    return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
+def path(
+    name: str, *, context: int = 0, posterior: bool = False, facts: dict[str, Any] | None = None, **kwargs: Any
+) -> Law:
+    """A row of ``gm.NeuralSDE`` at two times, or of a posterior under it."""
+
+    def build() -> gm.GenerativeModel:
+        model: gm.GenerativeModel = gm.NeuralSDE(
+            1, [0.0, 0.7], context_features=context, hidden_features=(8,), **kwargs
+        )
+        model = gm.evolve.SDEPosterior(model) if posterior else model
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        return model
+
+    promised = {"event_shape": (2, 1), "networks": ("network",)}
+    return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
 def grid() -> Iterator[Law]:
     """Every head with every network, without and with context; every third of them in the core of the battery."""
     number = 0
@@ -616,6 +692,22 @@ LAWS: tuple[Law, ...] = (
     continuous("continuous-hutchinson", trace="hutchinson", probes=2),
     continuous("continuous-hutchinson-context", context=2, trace="hutchinson", objective="likelihood"),
     continuous("continuous-hutchinson-network", own=True, trace="hutchinson", facts={"core": False}),
+    diffusion("diffusion"),
+    diffusion("diffusion-context-positive", context=2, support=constraints.positive, facts={"standardized": True}),
+    diffusion("diffusion-white", features=3, facts={"standardized": True, "core": False}),
+    diffusion("diffusion-network", own=True, features=3),
+    diffusion("diffusion-denoised-context", own=True, context=2, parameterization="denoised", facts={"core": False}),
+    diffusion("diffusion-noise", own=True, parameterization="noise", solver=gm.evolve.Heun(32), facts={"core": False}),
+    diffusion("diffusion-score", own=True, parameterization="score", facts={"core": False}),
+    diffusion("diffusion-energy", parameterization="energy"),
+    diffusion("diffusion-hutchinson", trace="hutchinson"),
+    diffusion("diffusion-dropout", context=2, context_dropout=0.5, likelihood_weighting=True, facts={"core": False}),
+    diffusion("diffusion-two-steps", sampler=gm.evolve.AdamsBashforth(4)),
+    diffusion("diffusion-solver", context=2, sampler=gm.evolve.DPMSolver(4), facts={"core": False}),
+    diffusion("diffusion-ancestral", sampler=gm.evolve.Ancestral(3)),
+    path("path"),
+    path("path-linear-context", context=2, method="local_linear"),
+    path("path-posterior", posterior=True),
     pushforward("pushforward"),
     pushforward("pushforward-context-positive", context=2, support=constraints.positive, standardized=True),
     pushforward("pushforward-manifold", invertible=True),

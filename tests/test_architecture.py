@@ -76,7 +76,6 @@ USED_OTHERWISE = {
     "pytest-xdist": "`-n` in the Makefile",
     "ruff": "`make lint`",
     "beartype": "named as a string to the import hook of tests/conftest.py",
-    "torchsde": "awaited by evolve/",
 }
 IMPORT_NAMES = {"pyro-ppl": "pyro", "scikit-learn": "sklearn"}
 

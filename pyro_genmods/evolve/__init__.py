@@ -3,9 +3,14 @@
 from ..foundation.ode import RK4, Euler, Heun
 from .diffusion import Diffusion
 from .energy import EnergyLaw
+from .path import NeuralSDE
+from .path_law import PathDistribution, refine_times
+from .path_posterior import SDEPosterior, path_kl
+from .reverse_sde import ReverseSDE
 from .sampled import SampledLaw
 from .samplers import AdamsBashforth, Ancestral, DPMSolver, PredictorCorrector
 from .schedule import EDM, VE, VP, Angle, Cosine, Rectified, Schedule, SubVP
+from .score_divergence import score_divergence
 
 __all__ = [
     "EDM",
@@ -21,9 +26,16 @@ __all__ = [
     "EnergyLaw",
     "Euler",
     "Heun",
+    "NeuralSDE",
+    "PathDistribution",
     "PredictorCorrector",
     "Rectified",
+    "ReverseSDE",
+    "SDEPosterior",
     "SampledLaw",
     "Schedule",
     "SubVP",
+    "path_kl",
+    "refine_times",
+    "score_divergence",
 ]

@@ -58,10 +58,11 @@ def score_level(model: Any, x: Tensor | None, context: Tensor | None) -> tuple[f
     """The noise at which the network's score is nearest to the gradient of the log density, and how near.
 
     Returns:
-        Level, in white standard deviations, and the root mean square of the difference divided by that of the gradient.
+        Level, in white standard deviations, and the root mean square of the difference divided by that of the gradient,
+        -1 where it is not known.
     """
     if model.features > MANY:
-        return USUAL_LEVEL, math.nan
+        return USUAL_LEVEL, -1.0
     y, c = _rows(model, x, context)
     y, c = y[:32], None if c is None else c[:32]
     with torch.enable_grad():

@@ -32,10 +32,8 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from ..foundation.divergence import estimated_divergence, exact_divergence
-from ..foundation.errors import ShapeError
-from ..foundation.networks import place_of
 
-__all__ = ["PARAMETERIZATIONS", "Denoiser", "NetworkDenoiser", "check_network", "check_rows_apart"]
+__all__ = ["PARAMETERIZATIONS", "SINGULAR", "Denoiser", "NetworkDenoiser"]
 
 PARAMETERIZATIONS = ("velocity", "noise", "denoised", "score", "energy")
 SINGULAR = ("noise", "score")  # determine the velocity nowhere at a right angle
@@ -132,64 +130,3 @@ class NetworkDenoiser(Denoiser):
     def _time(self, t: Tensor, u: Tensor) -> Tensor:
         """Time as the network wants it; some work less if it is one for all rows."""
         return t if getattr(self.network, "one_time", False) else t.expand(len(u), 1)
-
-
-def check_network(network: nn.Module, features: int, context_features: int, outputs: int) -> None:
-    """Refuse a network that does not make rows of these widths.
-
-    Arguments:
-        network: called as ``network(t, u, c)``.
-        features, context_features: numbers of columns that it is given.
-        outputs: number of columns that it must return; one may also be none.
-
-    Raises:
-        ShapeError: it fails, or returns another shape.
-    """
-    u, c = _trial_rows(network, features, context_features)
-    name, wanted = type(network).__name__, [(len(u), outputs)] + ([(len(u),)] if outputs == 1 else [])
-    try:
-        with torch.no_grad():
-            shape = tuple(network(u[:, :1].abs().atan(), u, c).shape)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ShapeError(
-            f"network: {name} fails on network(t, u, c) with t of ({len(u)}, 1), u of {tuple(u.shape)} and c of "
-            f"{None if c is None else tuple(c.shape)}: {str(error).splitlines()[0]}"
-        ) from error
-    if shape not in wanted:
-        raise ShapeError(f"network: {name} returned shape {shape} for {len(u)} rows, needs {wanted[0]}.")
-
-
-def check_rows_apart(network: nn.Module, features: int, context_features: int) -> None:
-    """Refuse a network that mixes the rows of a batch: then no row has a density of its own.
-
-    Raises:
-        ValueError: some row comes out otherwise in company than alone.
-    """
-    u, c = _trial_rows(network, features, context_features)
-    t = u[:, :1].abs().atan()
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            together = network(t, u, c)
-            alone = torch.cat(
-                [network(t[k : k + 1], u[k : k + 1], None if c is None else c[k : k + 1]) for k in (0, 1)]
-            )
-    except (RuntimeError, ValueError, IndexError):  # it needs company
-        alone = torch.full_like(together, torch.nan)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    # where a row's own numbers are not finite, mixing is not the trouble
-    if not torch.allclose(together[:2], alone.reshape(together[:2].shape), rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise ValueError(
-            f"network: {type(network).__name__} gives a row another value in company than alone: it mixes the rows of a "
-            "batch, and a row would have no density of its own. Normalise each row by itself (LayerNorm, GroupNorm)."
-        )
-
-
-def _trial_rows(network: nn.Module, features: int, context_features: int) -> tuple[Tensor, Tensor | None]:
-    dtype, device = place_of(network)
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(3, features, generator=generator).to(device, dtype)
-    return u, torch.randn(3, context_features, generator=generator).to(device, dtype) if context_features else None

@@ -1,21 +1,21 @@
 r"""Diffusion: data that are forgotten by adding noise, and remembered by a network that denoises.
 
 White data :math:`x_0` and noise :math:`\varepsilon` are mixed at an angle, :math:`u = \cos\theta\, x_0 + \sin\theta\,
-\varepsilon`, and a network learns the velocity :math:`v = \mathbb E[\cos\theta\,\varepsilon - \sin\theta\, x_0 \mid u]` by
-regression (*denoising score matching*). The probability flow
+\varepsilon`. A network learns the velocity :math:`v = \mathbb E[\cos\theta\,\varepsilon - \sin\theta\, x_0 \mid u]`
+by regression (*denoising score matching*). The probability flow
 
 .. math:: \frac{\mathrm du}{\mathrm d\theta} = v(u, \theta), \qquad
           \log p(x) = \log \mathcal N(u_{\pi/2}; 0, I) + \int_{\theta_0}^{\pi/2} \nabla \cdot v \, \mathrm d\theta
           + D \log\cos\theta_0 - \log |L|
 
-carries noise, at :math:`\pi/2` *exactly* standard normal, to data, at :math:`\theta_0 = \arctan\sigma_{\min}`. Data are
-white by their full covariance :math:`L L^\top`, so that the velocity of Gaussian data is zero: they are sampled and
-scored exactly in any number of steps. The law is that of the data with noise of :math:`\sigma_{\min}` standard deviations
-in white units.
+carries noise, at :math:`\pi/2` *exactly* standard normal, to data, at :math:`\theta_0 = \arctan\sigma_{\min}`. Data
+are white by their full covariance :math:`L L^\top`, so that the velocity of Gaussian data is zero: they are sampled and
+scored exactly in any number of steps. The law is that of the data with noise of :math:`\sigma_{\min}` standard
+deviations in white units.
 
-One network defines several laws, which agree only if it is exact: the law of the flow (calling the model, a distribution
-with a density), that of a chain or few steps (:meth:`Diffusion.sampled_by`, a pushforward), that of the stochastic
-equation, and (of an energy) the density of the network itself (:meth:`Diffusion.energy_law`).
+One network defines several laws, which agree only if it is exact: that of the flow (calling the model: a distribution
+with a density), that of a chain or of few steps (:meth:`Diffusion.sampled_by`: a pushforward), that of the stochastic
+equation, and, of an energy, the density of the network itself (:meth:`Diffusion.energy_law`).
 
 References:
     Y. Song et al., Score-Based Generative Modeling through Stochastic Differential Equations, 2020, arXiv:2011.13456.
@@ -40,7 +40,7 @@ from torch.nn.functional import pad
 from ..contract import Cost, Density, GenerativeModel
 from ..coordinates import event_shape_on
 from ..foundation.divergence import rademacher
-from ..foundation.errors import DataError, ShapeError
+from ..foundation.errors import ShapeError
 from ..foundation.flow_matching import stratified_normal
 from ..foundation.networks import place_of, zero_output_layer
 from ..foundation.numerics import normal_log_prob
@@ -50,10 +50,11 @@ from ..foundation.shapes import Context, Noise, Rows, Values
 from ..foundation.unet import UNet
 from ..foundation.whitening import Whitening
 from .calibration import calibrated, score_level
-from .denoiser import PARAMETERIZATIONS, SINGULAR, NetworkDenoiser, check_network, check_rows_apart
-from .energy import EnergyLaw, ScalarNetwork
+from .denoiser import SINGULAR, NetworkDenoiser
+from .energy import EnergyLaw
 from .grid import angles_of, even_knots
 from .law import DiffusionDistribution
+from .network import check_network, check_options, check_rows_apart, default_network, is_image
 from .sampled import SampledLaw
 from .samplers import AdamsBashforth, Sampler
 from .schedule import Angle, Schedule
@@ -63,7 +64,6 @@ __all__ = ["Diffusion"]
 MOST_EXACT = 64  # features up to which a divergence by as many reverse passes is the default
 MOST_WHITE = 512  # features up to which the whole covariance is the default
 SINGULAR_TOP = math.atan(1000.0)
-SMALLEST_IMAGE = 8
 
 
 class Diffusion(GenerativeModel):
@@ -90,7 +90,8 @@ class Diffusion(GenerativeModel):
             without it too, for classifier-free guidance.
         trace: of the density: ``"exact"``, ``"hutchinson"`` with frozen probes, or ``"auto"``: exact up to 64 features,
             and where the network knows its divergence.
-        probes: number of probes of the estimate.
+        solver: of the probability flow, ``RK4(steps)``, ``Heun`` or ``Euler``; by default ``RK4``, with as many steps
+            as :meth:`calibrate` finds necessary, which ``fit`` runs at its end.
 
     Shape:
         events ``event_shape``, contexts ``(context_features,)``; log densities in nats per event.
@@ -126,18 +127,16 @@ class Diffusion(GenerativeModel):
         likelihood_weighting: bool = False,
         context_dropout: float = 0.0,
         trace: Literal["auto", "exact", "hutchinson"] = "auto",
-        probes: int = 1,
+        solver: FixedStep | None = None,
     ) -> None:
-        _check(parameterization, whiten, trace, sigma_min, noise_levels)
+        check_options(parameterization, whiten, trace, sigma_min, noise_levels)
+        if features is None and event_shape is None:
+            raise ShapeError("features: give the number of features, or an event_shape.")
         if not 0 <= context_dropout < 1 or (context_dropout and not context_features):
             raise ValueError(
                 f"context_dropout: got {context_dropout}, needs a probability below 1, and a context to leave away."
             )
-        if probes < 1:
-            raise ValueError(f"probes: got {probes}, needs at least 1.")
         support = support or constraints.real
-        if features is None and event_shape is None:
-            raise ShapeError("features: give the number of features, or an event_shape.")
         shape = Size(event_shape) if event_shape is not None else event_shape_on(support, Size([features]))
         super().__init__(shape, (context_features,) if context_features else (), support)
         if features is not None and self.features != features:
@@ -146,32 +145,26 @@ class Diffusion(GenerativeModel):
             )
         self.schedule = Angle(sigma_min) if schedule is None else schedule
         self.schedule.check()
-        image = len(shape) == 3 and min(shape[1:]) >= SMALLEST_IMAGE and self.coordinates.unconstrained_shape == shape
-        self.whiten = whiten or ("common" if image else "full" if self.features <= MOST_WHITE else "diagonal")
+        inner = self.coordinates.unconstrained_shape
+        usual = "common" if is_image(inner) else "full" if self.features <= MOST_WHITE else "diagonal"
+        self.whiten = whiten or usual
         self.parameterization, self.sigma_min, self.noise_levels = parameterization, sigma_min, noise_levels
         self.likelihood_weighting, self.context_dropout = likelihood_weighting, context_dropout
-        self._set_network(network, image)
+        scalar, told = parameterization == "energy", context_features + bool(context_dropout)
+        self.network = default_network(inner, self.features, told, scalar) if network is None else network
+        check_network(self.network, self.features, told, 1 if scalar else self.features)
+        check_rows_apart(self.network, self.features, told)
         exact = trace == "exact" or (trace == "auto" and (self.features <= MOST_EXACT or self._knows_divergence))
         self.density = Density.EXACT if exact else Density.ESTIMATE
         self.whitening = Whitening(self.features)
+        self.coordinates.common = self.whiten == "common"
         self.bottom = math.atan(sigma_min)
         self.top = SINGULAR_TOP if parameterization in SINGULAR else math.pi / 2
-        self.register_buffer("probes", rademacher(probes, self.features))
-        self.register_buffer("knots", self._first_knots())
-        self.register_buffer("calibration", torch.tensor([16.0, math.nan, 0.05, math.nan]))
-        self._steps, self._given = 16, None
+        self.register_buffer("probes", rademacher(1, self.features))
+        self.register_buffer("knots", even_knots(self.bottom, self.top))
+        self.register_buffer("calibration", torch.tensor([16.0, -1.0, 0.05, -1.0]))
+        self._steps, self._given = 16, solver
         self.to(*reversed(place_of(self.network)))
-
-    def _set_network(self, network: nn.Module | None, image: bool) -> None:
-        features, context = self.features, self.context_shape.numel() if self.context_shape else 0
-        told = context + bool(self.context_dropout)
-        outputs = 1 if self.parameterization == "energy" else features
-        if network is None:
-            network = UNet(tuple(self.event_shape), told) if image else ResidualMLP(features, told)
-            network = ScalarNetwork(network) if self.parameterization == "energy" else network
-        check_network(network, features, told, outputs)
-        check_rows_apart(network, features, told)
-        self.network = network
 
     def forward(self, context: Tensor | None = None) -> DiffusionDistribution:
         """The law of the probability flow at a context, see :meth:`pyro_genmods.GenerativeModel.forward`."""
@@ -196,6 +189,7 @@ class Diffusion(GenerativeModel):
     @solver.setter
     def solver(self, solver: FixedStep | None) -> None:
         self._given = solver
+        self.constructor_arguments = {**self.constructor_arguments, "solver": solver}  # to be saved
 
     @property
     def cost(self) -> Cost:
@@ -205,7 +199,7 @@ class Diffusion(GenerativeModel):
     @property
     def log_prob_error(self) -> float:
         """Largest error of a log density by the solver, in nats, found by :meth:`calibrate`; NaN before."""
-        return float(self.calibration[1])
+        return float(self.calibration[1]) if self.calibration[1] >= 0 else math.nan
 
     @property
     def score_level(self) -> float:
@@ -273,23 +267,9 @@ class Diffusion(GenerativeModel):
         Raises:
             DataError: columns are constant or collinear.
         """
-        if self.whiten == "common":
-            if self.context_standardization is not None and context is not None:
-                self.context_standardization.fit_(context.reshape(len(context), -1))
-            self._standardize_in_common(x)
-            return
         super().standardize(x, context)
         if self.whiten == "full":
             self.whitening.fit_(self.coordinates.pull(x)[0])
-
-    def _standardize_in_common(self, x: Tensor) -> None:
-        y, _ = type(self.coordinates)(self.event_shape, self.support).to(x).pull(x)
-        standardization, scale = self.coordinates.standardization, (y - y.mean(0)).square().mean().sqrt()
-        if not float(scale) > 0:
-            raise DataError("all columns of the data are constant: their density is a point mass; check the data.")
-        standardization.shift.copy_(y.mean(0))
-        standardization.scale.fill_(scale)
-        standardization.active = True
 
     def set_moments(self, mean: Tensor, covariance: Tensor) -> None:
         """Take the units from known moments of the unconstrained data, instead of from data.
@@ -313,7 +293,7 @@ class Diffusion(GenerativeModel):
         return (self.context_shape.numel() if self.context_shape else 0) + bool(self.context_dropout)
 
     def calibrate(self, tolerance: float = 1e-3, x: Tensor | None = None, context: Tensor | None = None) -> int:
-        """Put the angles of the grid where the learned velocity needs them, and take as few steps as a tolerance allows.
+        """Put the angles of the grid where the velocity needs them, and take as few steps as a tolerance allows.
 
         Arguments:
             tolerance: largest error of a log density in nats, over some rows.
@@ -333,8 +313,8 @@ class Diffusion(GenerativeModel):
         self.calibration.copy_(torch.tensor([float(steps), error, level, worst]))
         if not error <= tolerance:
             warnings.warn(
-                f"calibrate: {steps} steps leave an error of {error:.2g} nats, more than the tolerance {tolerance:.2g}; "
-                "train longer or with a smaller learning rate.",
+                f"calibrate: {steps} steps leave an error of {error:.2g} nats, more than the tolerance {tolerance:.2g}"
+                "; train longer or with a smaller learning rate.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -348,9 +328,6 @@ class Diffusion(GenerativeModel):
         inside = angles[1:-1].clamp(self.bottom, self.top)
         ends = self.knots[-1:], self.knots[:1]
         return torch.cat([ends[0], inside, ends[1]])
-
-    def _first_knots(self) -> Tensor:
-        return even_knots(self.bottom, self.top)
 
     # -- row functions -------------------------------------------------------------------------------------------
 
@@ -416,19 +393,3 @@ class Diffusion(GenerativeModel):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._steps = int(self.calibration[0])
-
-
-def _check(
-    parameterization: str, whiten: str | None, trace: str, sigma_min: float, levels: tuple[float, float]
-) -> None:
-    for name, value, known in (
-        ("parameterization", parameterization, PARAMETERIZATIONS),
-        ("whiten", whiten, (None, "full", "diagonal", "common")),
-        ("trace", trace, ("auto", "exact", "hutchinson")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: got {value!r}, needs {' or '.join(map(repr, known))}.")
-    if not 0 < sigma_min <= 0.1:
-        raise ValueError(f"sigma_min: got {sigma_min}, needs a number above 0 and at most 0.1 white deviations.")
-    if len(levels) != 2 or not levels[1] > 0:
-        raise ValueError(f"noise_levels: got {levels}, needs a mean and a positive standard deviation.")

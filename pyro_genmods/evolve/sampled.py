@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from ..contract import Cost, Density, GenerativeModel
 from ..foundation.errors import DensityError
 from ..foundation.ode import FixedStep
-from ..foundation.shapes import Context, Noise, Rows
+from ..foundation.shapes import Context, Rows
 from .samplers import Sampler
 
 __all__ = ["SampledLaw"]
@@ -67,10 +67,14 @@ class SampledLaw(GenerativeModel):
         return Size([1 + draws, self.features]) if draws else Size([self.features])
 
     def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Refused: the network is that of the diffusion, which is what to fit."""
-        raise DensityError("SampledLaw: has nothing of its own to learn; fit the diffusion that it reads.")
+        """That of the diffusion, whose network this is."""
+        return self.diffusion.loss(x, context)
 
-    def push_rows(self, z: Noise, c: Context | None) -> Rows:
+    def push_rows(self, z: Tensor, c: Context | None) -> Rows:
+        if not self.has_rsample:
+            raise DensityError(
+                f"{type(self.sampler).__name__}: draws its noise inside and has no noise space; take Ancestral(n)."
+            )
         first, *rest = z.unbind(1) if z.dim() == 3 else (z,)
         return self._run(first, c, iter(rest).__next__)
 

@@ -29,11 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..foundation.ode import FixedStep
 from .denoiser import Denoiser
 from .schedule import Schedule
 
-__all__ = ["AdamsBashforth", "Ancestral", "DPMSolver", "PredictorCorrector", "Sampler", "describe"]
+__all__ = ["AdamsBashforth", "Ancestral", "DPMSolver", "PredictorCorrector", "Sampler", "fresh"]
 
 Draw = Callable[[], Tensor]
 
@@ -116,7 +115,7 @@ class AdamsBashforth(Sampler):
 
 @dataclass(frozen=True)
 class DPMSolver(Sampler):
-    r"""DPM-Solver++(2M): exponential integration of the denoised datum in :math:`\lambda = \log(\alpha/\sigma)`, order 2.
+    r"""DPM-Solver++(2M), order 2: exponential integration in :math:`\lambda = \log(\alpha / \sigma)`.
 
     .. math:: u_s = \frac{\sigma_s}{\sigma_t} u_t - \alpha_s (e^{-h} - 1)
               \big( D_t + \tfrac{h}{2 h'} (D_t - D_{t'}) \big), \qquad h = \lambda_s - \lambda_t .
@@ -246,8 +245,3 @@ class PredictorCorrector(Sampler):
 def fresh(t: Tensor, s: Tensor) -> Tensor:
     r"""The fraction :math:`\tau` of the noise at angle ``s`` that is fresh, in the ancestral chain from ``t``."""
     return 1 - (s.tan() / t.tan()).square()
-
-
-def describe(sampler: Sampler | FixedStep) -> tuple[int, int, bool]:
-    """Steps, evaluations, and whether the result is a map of the noise."""
-    return sampler.steps, sampler.evaluations, not getattr(sampler, "stochastic", False)

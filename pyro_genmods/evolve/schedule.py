@@ -9,13 +9,13 @@ With the angle :math:`\theta_t = \arctan(\sigma_t / \alpha_t)` and :math:`r_t = 
 
 .. math:: u_\theta = x_t / r_t = \cos\theta \, x_0 + \sin\theta \, \varepsilon
 
-is the same for every schedule. A network trained on :math:`(u, \theta)` can therefore be sampled under any of them; what
-a schedule decides is which angles are visited (:meth:`Schedule.angles`) and the clock of the stochastic differential
-equation. A schedule of one's own is a class with :meth:`Schedule.alpha`, :meth:`Schedule.sigma` and the two ends of time.
+is the same for every schedule. A network trained on :math:`(u, \theta)` can be sampled under any of them; a schedule
+decides which angles are visited (:meth:`Schedule.angles`) and the clock of the stochastic differential equation. One's
+own is a class with :meth:`Schedule.alpha`, :meth:`Schedule.sigma` and the two ends of time.
 
 References:
-    Y. Song et al., Score-Based Generative Modeling through Stochastic Differential Equations, 2020, arXiv:2011.13456
-    (VP, sub-VP, VE). A. Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, arXiv:2102.09672
+    Y. Song et al., Score-Based Generative Modeling through SDEs, 2020, arXiv:2011.13456 (VP, sub-VP, VE). A.
+    Nichol, P. Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, arXiv:2102.09672
     (cosine). T. Karras, M. Aittala, T. Aila, S. Laine, Elucidating the Design Space of Diffusion-Based Generative
     Models, 2022, arXiv:2206.00364 (EDM). X. Liu, C. Gong, Q. Liu, Flow Straight and Fast, 2022, arXiv:2209.03003
     (rectified). C. Lu, Y. Song, Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, 2024,
@@ -28,6 +28,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Schedule(ABC):
         return torch.hypot(self.alpha(t), self.sigma(t))
 
     def times(self, steps: int) -> Tensor:
-        """The times at which the literature samples, ``(steps + 1,)``, from noise to data."""
+        """Times at which the literature samples, ``(steps + 1,)``, from noise to data."""
         return torch.linspace(self.ends[1], self.ends[0], steps + 1, dtype=torch.float64)
 
     def angles(self, steps: int) -> Tensor:
@@ -122,8 +123,7 @@ class Schedule(ABC):
         if not 0 <= low < high < math.inf:
             raise ValueError(f"schedule: {name}.ends is {self.ends}, needs 0 <= first < last.")
         t = torch.linspace(low, high, 257, dtype=torch.float64)
-        ratio = self.sigma(t) / self.alpha(t)
-        # the last time may have no data left at all
+        ratio = self.sigma(t) / self.alpha(t)  # may be infinite at the last time
         if not bool(ratio[:-1].isfinite().all()) or bool(ratio[-1].isnan()) or not bool((ratio.diff() > 0).all()):
             raise ValueError(
                 f"schedule: sigma/alpha of {name} is not finite and increasing in time; check alpha() and sigma()."
@@ -259,8 +259,8 @@ class Cosine(Schedule):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """From the smallest time to just before 1, where the rate is infinite."""
-        return self.smallest, 0.9946
+        """From the smallest time to just before 1."""
+        return self.smallest, 0.9946  # at 1 the rate is infinite
 
     def _phase(self, t: Tensor) -> Tensor:
         return (t + self.offset) / (1 + self.offset) * (math.pi / 2)
@@ -301,10 +301,7 @@ class VE(Schedule):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
-    @property
-    def ends(self) -> tuple[float, float]:
-        """From 0 to 1."""
-        return 0.0, 1.0
+    ends: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

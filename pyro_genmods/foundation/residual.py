@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
+from .causal import transformed
 from .networks import zero_output_layer
 
 __all__ = ["AngleFeatures", "ResidualMLP"]
+
+EPSILON = 1e-5  # of torch's layer_norm
 
 
 class AngleFeatures(nn.Module):
@@ -112,4 +115,12 @@ class ResidualMLP(nn.Module):
 
 
 def _modulated(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(shift, layer_norm(h, h.shape[-1:]), 1 + scale)
+    return torch.addcmul(shift, _normalized(h), 1 + scale)
+
+
+def _normalized(h: Tensor) -> Tensor:
+    """Of mean zero and variance one; written out under transforms, as torch's kernel has a wrong third derivative."""
+    if not transformed():
+        return layer_norm(h, h.shape[-1:])
+    centred = h - h.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + EPSILON).rsqrt()

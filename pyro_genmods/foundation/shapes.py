@@ -28,6 +28,6 @@ else:
 __all__ = ["Context", "Noise", "Rows", "Values"]
 
 Rows = Float[Tensor, "rows features"]
-Noise = Float[Tensor, "rows noise"]
+Noise = Float[Tensor, "rows *noise"]
 Context = Float[Tensor, "rows context"]
 Values = Float[Tensor, "rows"]

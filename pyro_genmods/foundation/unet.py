@@ -10,11 +10,8 @@ with :math:`\phi(x) = x \sigma(x)`, convolutions :math:`*` of 3 by 3 pixels, and
 channels *within one row* (no row sees another). :math:`P` is the identity, or mixes channels where their number
 changes.
 
-The angle :math:`t \in [0, \pi/2]` of :math:`u_t = x \cos t + e \sin t` is told by :math:`\cos t`, :math:`\sin t` and
-waves of a bounded log-tangent, which spreads out both ends, where little noise or little signal is left:
-
-.. math:: \ell(t) = \log\frac{\sin t + \delta}{\cos t + \delta}, \qquad \delta = 10^{-3},
-          \qquad \cos(2^k \ell / 4), \; \sin(2^k \ell / 4) .
+The angle :math:`t \in [0, \pi/2]` of :math:`u_t = x \cos t + e \sin t` is told by
+:class:`~pyro_genmods.foundation.residual.AngleFeatures`.
 
 A convolution costs as many operations as there are pixels, and at full resolution a width of 32 on 28 by 28 pixels is
 dear. With ``patch=2`` squares of 2 by 2 pixels become the channels of one, and all convolutions run on a quarter of the
@@ -49,10 +46,10 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 from .causal import transformed
 from .errors import ShapeError
 from .networks import MLP, zero_output_layer
+from .residual import AngleFeatures
 
 __all__ = ["UNet"]
 
-DELTA = 1e-3
 GROUPS = 8
 LARGE = 16  # pixels a side from which patches are worth more than full resolution
 
@@ -102,8 +99,8 @@ class UNet(nn.Module):
         self.image_shape, self.context_features = tuple(image_shape), context_features
         self.patch, self.blocks = patch, blocks
         colors, width = self.image_shape[0] * patch**2, 4 * channels[0]
-        self.register_buffer("frequencies", 2.0 ** torch.arange(frequencies) / 4, persistent=False)
-        self.told = MLP(2 * frequencies + 2 + context_features, width, (width,))
+        self.angle = AngleFeatures(frequencies)
+        self.told = MLP(self.angle.width + context_features, width, (width,))
         self.enter = nn.Conv2d(colors, channels[0], 3, padding=1)
         self.down, self.shrink, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         before = channels[0]
@@ -140,10 +137,7 @@ class UNet(nn.Module):
 
     def _features(self, t: Tensor, y: Tensor, c: Tensor | None) -> Tensor:
         """What the network is told of angle and context, ``(rows, width)``."""
-        t = t.to(y.dtype).reshape(-1, 1)
-        cos, sin = t.cos(), t.sin()
-        waves = ((sin + DELTA) / (cos + DELTA)).log() * self.frequencies
-        told = torch.cat([cos, sin, waves.cos(), waves.sin()], -1).expand(len(y), -1)
+        told = self.angle(t.to(y.dtype).reshape(-1, 1)).expand(len(y), -1)
         return told if c is None else torch.cat([told, c], -1)
 
     def _to_image(self, y: Tensor) -> Tensor:

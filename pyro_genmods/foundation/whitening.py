@@ -5,7 +5,7 @@ r"""Whitening: the linear map that makes the covariance of data the identity.
 with the sample mean :math:`m` and covariance :math:`S`, whose correlations are shrunk towards zero. The intensity
 :math:`\lambda` is the one that minimises the expected squared error,
 
-.. math:: \lambda = \min\Big(1, \frac{\sum_{i \ne j} \widehat{\operatorname{Var}}(r_{ij})}{\sum_{i \ne j} r_{ij}^2}\Big),
+.. math:: \lambda = \min\Big(1, \sum_{i \ne j} \widehat{\operatorname{Var}}(r_{ij}) \Big/ \sum_{i \ne j} r_{ij}^2 \Big),
 
 about one over the number of rows where they are many, and near one where they are few: a covariance of more columns
 than rows would be singular, and its whitening would blow up noise.
@@ -136,6 +136,6 @@ def _check_rank(correlation: Tensor) -> None:
         columns = (weights > 0.1 * weights.max()).nonzero().flatten().tolist()
         raise DataError(
             f"columns {columns[:8]} of the data are collinear (smallest eigenvalue of the correlations "
-            f"{float(values[0]):.1g}): the density is that of a surface. Drop one of them, add noise of the size of the "
-            "measurement error, or give the model the support that the data have (a simplex)."
+            f"{float(values[0]):.1g}): the density is that of a surface. Drop one of them, add noise of the size of "
+            "the measurement error, or give the model the support that the data have (a simplex)."
         )
