@@ -3,6 +3,7 @@
 from ..foundation.ode import RK4, Euler, Heun
 from .diffusion import Diffusion
 from .energy import EnergyLaw
+from .forced import ForcedLaw
 from .path import NeuralSDE
 from .path_law import PathDistribution, refine_times
 from .path_posterior import SDEPosterior, path_kl
@@ -25,6 +26,7 @@ __all__ = [
     "Diffusion",
     "EnergyLaw",
     "Euler",
+    "ForcedLaw",
     "Heun",
     "NeuralSDE",
     "PathDistribution",

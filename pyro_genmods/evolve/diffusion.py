@@ -52,6 +52,7 @@ from ..foundation.whitening import Whitening
 from .calibration import calibrated, score_level
 from .denoiser import SINGULAR, NetworkDenoiser
 from .energy import EnergyLaw
+from .forced import ForcedLaw
 from .grid import angles_of, even_knots
 from .law import DiffusionDistribution
 from .network import check_network, check_options, check_rows_apart, default_network, is_image
@@ -228,6 +229,10 @@ class Diffusion(GenerativeModel):
             level: noise in the law, in white standard deviations.
         """
         return EnergyLaw(self, level)
+
+    def with_score_force(self, level: float | None = None, estimated: bool = False) -> ForcedLaw:
+        """The same law for ``infer.HMC``, whose leapfrogs take the network's score in one call; see its arguments."""
+        return ForcedLaw(self, level, estimated)
 
     # -- learning ------------------------------------------------------------------------------------------------
 

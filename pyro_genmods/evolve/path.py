@@ -121,7 +121,7 @@ class NeuralSDE(PathLaw):
         self._learned_drift = drift is None
         if drift is None:
             self.linear = nn.Linear(features, features)
-            self.network = MLP(1 + features + context_features, features, hidden_features)
+            self.network = MLP(1 + features + context_features, features, hidden_features, activation=nn.Tanh)
             zero_output_layer(self.network)
             with torch.no_grad():
                 self.linear.weight.copy_(-torch.eye(features))

@@ -4,11 +4,10 @@ Backwards in time a diffusion with schedule :math:`(f, g)` is a diffusion again 
 
 .. math:: \mathrm dx = \big(f_t x - g_t^2 \nabla \log p_t(x)\big) \mathrm dt + g_t \,\mathrm d\bar W .
 
-torchsde steps forwards, evenly, and interpolates between its steps. The clock is therefore changed to one that counts
-steps, :math:`t(k)` linear between the times of the schedule: a step of length one from :math:`k` has the drift and the
-noise of the step from :math:`t_k` to :math:`t_{k+1}`, every time is hit exactly, and the network is called once a step.
-The Brownian path is drawn with entropy from torch's generator, so that ``torch.manual_seed`` and
-``pyro.set_rng_seed`` repeat it.
+torchsde steps forwards, evenly, and interpolates between its steps. Time is therefore counted from noise to data, and
+every interval between two times of the schedule is one step of length one on a clock of its own
+(:mod:`pyro_genmods.evolve.brownian`): every time is hit exactly, the network is called once a step, and the increments
+come from torch's generator, so that ``torch.manual_seed`` and ``pyro.set_rng_seed`` repeat them.
 
 References:
     B. D. O. Anderson, Reverse-time diffusion equation models, Stochastic Processes and their Applications 12 (1982). X.
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torchsde
-from torch import Tensor, nn
+from torch import Tensor
 
+from .brownian import Coefficients, solve
 from .denoiser import Denoiser
 from .samplers import Draw, Sampler
-from .schedule import VP, Schedule
+from .schedule import VP
 
 __all__ = ["ReverseSDE"]
 
@@ -72,41 +71,15 @@ class ReverseSDE(Sampler):
 
     def run(self, denoiser: Denoiser, u: Tensor, c: Tensor | None, angles: Tensor, draw: Draw) -> Tensor:
         times = self.schedule.times(self.steps).to(u)
-        clock = _Clock(self.schedule, denoiser, times, c)
-        entropy = int(torch.randint(2**31 - 1, ()))
-        ends = torch.tensor([0.0, float(self.steps)], dtype=u.dtype, device=u.device)
-        path = torchsde.BrownianInterval(
-            ends[0], ends[1], size=tuple(u.shape), dtype=u.dtype, device=u.device, entropy=entropy
-        )
+        schedule, angles, scales = self.schedule, self.schedule.angle(times), self.schedule.scale(times)
+
+        def drift(k: int, _: Tensor, x: Tensor) -> Tensor:
+            score = denoiser.score(angles[k], x / scales[k], c) / scales[k]
+            return schedule.diffusion(times[k]).square() * score - schedule.drift(times[k]) * x
+
+        def diffusion(k: int, _: Tensor, x: Tensor) -> Tensor:
+            return schedule.diffusion(times[k]).expand_as(x)
+
         with torch.no_grad():
-            x = u * self.schedule.scale(times[0])
-            x = torchsde.sdeint(clock, x, ends, bm=path, dt=1.0, method="euler")[-1]
-        return x / self.schedule.scale(times[-1])
-
-
-class _Clock(nn.Module):
-    """Drift and diffusion per step, in the form that torchsde asks for."""
-
-    noise_type = "diagonal"
-    sde_type = "ito"
-
-    def __init__(self, schedule: Schedule, denoiser: Denoiser, times: Tensor, c: Tensor | None) -> None:
-        super().__init__()
-        self.schedule, self.denoiser, self.c = schedule, denoiser, c
-        self.times, self.lengths = times, times.diff()
-        self.angles, self.scales = schedule.angle(times), schedule.scale(times)
-
-    def _place(self, k: Tensor) -> int:
-        return min(round(float(k)), len(self.lengths) - 1)
-
-    def f(self, k: Tensor, x: Tensor) -> Tensor:
-        place = self._place(k)
-        t, r = self.times[place], self.scales[place]
-        score = self.denoiser.score(self.angles[place], x / r, self.c) / r
-        drift = self.schedule.drift(t) * x - self.schedule.diffusion(t).square() * score
-        return drift * self.lengths[place]
-
-    def g(self, k: Tensor, x: Tensor) -> Tensor:
-        place = self._place(k)
-        size = self.schedule.diffusion(self.times[place]) * self.lengths[place].abs().sqrt()
-        return size.expand_as(x)
+            path, _ = solve(Coefficients(drift, diffusion), -times, u * scales[0])
+        return path[:, -1] / scales[-1]

@@ -11,7 +11,9 @@ One angle drawn at random gives an unbiased estimate by *one* call, where the lo
 and its adjoint. It is exact for an exact network, and else the divergence from the law of the reverse stochastic
 equation, an upper bound of that from its marginal. Angles are drawn where the integrand of such a :math:`q` is largest.
 
-The divergence is registered with ``torch.distributions.kl``, so that ``TraceMeanField_ELBO`` finds it by itself.
+The divergence is registered with ``torch.distributions.kl``, so that ``TraceMeanField_ELBO`` finds it by itself. (Pyro
+evaluates the log density of every site of a trace all the same, without using it; the solution of the equation is not
+saved there, its gradient is.)
 
 References:
     Y. Song, C. Durkan, I. Murray, S. Ermon, Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
@@ -29,6 +31,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Normal
 from torch.distributions.kl import register_kl
 from torch.distributions.multivariate_normal import MultivariateNormal as TorchMultivariateNormal
 
+from ..contract import GenerativeModel
 from ..foundation.errors import ShapeError
 from .law import DiffusionDistribution
 
@@ -76,14 +79,14 @@ def score_divergence(mean: Tensor, covariance: Tensor, law: DiffusionDistributio
     return (weight * gap.square().sum(-1)).reshape((draws, *batch)).mean(0)
 
 
-def _white(model: DiffusionDistribution, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+def _white(model: GenerativeModel, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Moments in noisy white coordinates, where the smallest angle is."""
     standardization, whitening = model.coordinates.standardization, model.whitening
     factor = whitening.inverse_factor / standardization.scale * math.cos(model.bottom)
     return model.noisy(standardization(mean)), factor @ covariance @ factor.mT
 
 
-def _angles(model: DiffusionDistribution, variances: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+def _angles(model: GenerativeModel, variances: Tensor, draws: int) -> tuple[Tensor, Tensor]:
     """Angles ``(rows, 1)`` around where the noise is as wide as the law, and cotangents over their densities."""
     centre = 0.5 * variances.log().mean(-1).repeat(draws)[:, None].clamp(math.log(model.sigma_min), 1.0)
     low, high = math.log(model.sigma_min), math.log(math.tan(min(model.top, math.atan(1e3))))

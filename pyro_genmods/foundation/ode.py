@@ -228,7 +228,8 @@ def odeint(
     y, context = y.contiguous(), None if context is None else context.contiguous()
     walk = _Walk(field, solver, times, strict)
     if isinstance(solver, FixedStep) and (solver.gradient == "autograd" or transformed()):
-        end = _checked(_replay(field, solver.tableau, walk.plan(y), y, context), strict)
+        end = _replay(field, solver.tableau, walk.plan(y), y, context)
+        _check_end(walk, end, y, context)
         walk.evaluations = solver.evaluations
     elif solver.gradient == "adjoint" or transformed():
         end = _Solve.apply(walk, y, context, *parameters)
@@ -242,16 +243,24 @@ def odeint(
     return end
 
 
-def _checked(y: Tensor, strict: bool) -> Tensor:
-    if strict and not transformed():
-        lost = ~y.detach().isfinite().all(-1)
-        if bool(lost.any()):
-            raise IntegrationError(
-                f"the solution of {int(lost.sum())} of {len(lost)} row(s) is NaN or infinite: the field is, or the "
-                "equation is stiff for these steps. Check weights and data, take more steps, or DormandPrince(), "
-                "which says where."
-            )
-    return y
+def _check_end(walk: _Walk, end: Tensor, y: Tensor, c: Tensor | None) -> None:
+    """Refuse a solution that is not finite, and say where it was lost; what led there is made once more."""
+    if not walk.strict or transformed():
+        return
+    lost = ~end.detach().isfinite().all(-1)
+    if not bool(lost.any()):
+        return
+    rows = lost.nonzero().flatten()
+    with torch.no_grad():
+        for number, step in enumerate(walk.plan(y), 1):  # noqa: B007
+            y = _after(walk.field, walk.solver.tableau, step, y, c)
+            if not bool(y[rows].isfinite().all()):
+                break
+    raise IntegrationError(
+        f"the solution of {len(rows)} of {len(lost)} row(s) (the first: {rows[:8].tolist()}) is NaN or infinite from "
+        f"step {number} of {walk.solver.steps} on, at time {float(step.t):.4g}: the field is, or the equation is stiff "
+        "for these steps. Check weights and data, take more steps, or DormandPrince()."
+    )
 
 
 def _replay(field: Field, tableau: Tableau, steps: list[Step], y: Tensor, c: Tensor | None) -> Tensor:
@@ -285,11 +294,13 @@ class _Walk:
                 accuracy = Accuracy(solver.rtol, solver.atol, solver.max_steps)
                 y, self.steps, self.evaluations = adaptive_steps(self.field, y, self.times, c, accuracy, self.strict)
                 return y
+            start = y
             for step in self.plan(y):
                 self.steps.append(step._replace(y=y))
                 y = _after(self.field, solver.tableau, step, y, c)
             self.evaluations = solver.evaluations
-            return _checked(y, self.strict)
+            _check_end(self, y, start, c)
+            return y
 
     def plan(self, y: Tensor) -> list[Step]:
         """Fixed steps, all of them from ``y`` as yet."""

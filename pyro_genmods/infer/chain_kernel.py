@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..foundation.chains import Info, State, Step, start
-from ..foundation.errors import SamplingError, ShapeError
+from ..foundation.errors import DensityError, SamplingError, ShapeError
 from .functions import FunctionProgram
 from .potential import Potential, potential
 from .randoms import Stream
@@ -123,6 +123,11 @@ class ChainKernel(MCMCKernel):
     def _launch(self, position: Tensor, seed: int, warmup_steps: int) -> None:
         """Everything that a run needs besides its potential, from where the chains start."""
         energy, self.stream = self.potential, Stream(seed, position)
+        if not self.exact and getattr(energy.program, "surrogate", False):
+            raise DensityError(
+                f"model: has a force that stands in for a gradient, which only an accept test makes right, and "
+                f"{type(self).__name__} has none; use infer.HMC or infer.MALA."
+            )
         self.state, found = start(position, energy), self.step_size
         self._plan(warmup_steps + self._samples, TYPICAL_LEAPFROGS if self.length else 1.0)
         if warmup_steps and self._adapt["step_size"]:

@@ -223,12 +223,12 @@ class Program:
 
     def reference(self, q: Tensor, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Pyro's own potential and its gradient at one row."""
-        maker = self._potential.__self__
-        maker.model_args, maker.model_kwargs = self.arguments(data)
+        self._potential.__self__.model_args, self._potential.__self__.model_kwargs = self.arguments(data)
         row = q.detach().requires_grad_()
-        with torch.enable_grad(), quiet(self.enumerated):
+        with torch.enable_grad(), quiet(self.enumerated) as licence:
             value = self._potential(self.layout.unflatten(row))
             (gradient,) = torch.autograd.grad(value, row)
+        self.surrogate = licence.used
         return value.detach(), gradient
 
     def _one(self, q: Tensor, data: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

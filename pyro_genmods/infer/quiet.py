@@ -20,6 +20,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..foundation.forces import Licence, allowed
+
 __all__ = ["Reached", "quiet", "value_and_grad"]
 
 
@@ -108,15 +110,19 @@ class Reached(Messenger):
 
 
 @contextlib.contextmanager
-def quiet(enumerated: bool = False) -> Iterator[None]:
-    """Without validation and outer handlers; with total linear algebra, and a logarithm that functorch understands."""
+def quiet(enumerated: bool = False) -> Iterator[Licence]:
+    """Without validation and outer handlers; with total linear algebra, and a logarithm that functorch understands.
+
+    Yields:
+        The licence of surrogate forces, which says whether one was met.
+    """
     changes = [*TOTAL, (special, "_SafeLog", _SafeLog)] if enumerated else TOTAL
     before = [getattr(module, name) for module, name, _ in changes]
-    with poutine.block(), pyro.validation_enabled(False):
+    with poutine.block(), pyro.validation_enabled(False), allowed() as licence:
         try:
             for module, name, function in changes:
                 setattr(module, name, function)
-            yield
+            yield licence
         finally:
             for (module, name, _), function in zip(changes, before, strict=True):
                 setattr(module, name, function)
