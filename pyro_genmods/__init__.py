@@ -7,7 +7,7 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 
 from . import diagnostics, evolve, factorize, infer, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
-from .evolve import Diffusion, NeuralSDE
+from .evolve import Diffusion, Distilled, NeuralSDE
 from .factorize import Autoregressive
 from .io import load, save
 from .training import TrainingHistory, fit
@@ -23,6 +23,7 @@ __all__ = [
     "Cost",
     "Density",
     "Diffusion",
+    "Distilled",
     "Flow",
     "GenerativeDistribution",
     "GenerativeModel",

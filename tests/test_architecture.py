@@ -43,7 +43,7 @@ OWNERS = {
     "arviz": {"diagnostics"},
     "matplotlib": {"diagnostics"},
     "lightning": {"training"},
-    "tqdm": {"training", "infer"},
+    "tqdm": {"training", "infer", "evolve"},
     "safetensors": {"io"},
     "zarr": {"io"},
     "jaxtyping": {"foundation"},

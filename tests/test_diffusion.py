@@ -568,7 +568,11 @@ def test_tempered_particles_find_posterior_and_evidence():
 def test_the_score_as_a_force_finds_the_posterior_and_is_cheap():
     prior = correlated()
     mcmc = gm.infer.MCMC(
-        gm.infer.HMC(observed(prior.with_score_force())), num_samples=250, num_chains=64, seed=0, progress_bar=False
+        gm.infer.HMC(observed(prior.with_score_force()), level="graph"),
+        num_samples=250,
+        num_chains=64,
+        seed=0,
+        progress_bar=False,
     )
     mcmc.run()
     assert_posterior(mcmc.get_samples()["x"])
@@ -582,7 +586,7 @@ def test_a_wrong_force_is_corrected_by_the_accept_test():
         x = pyro.sample("x", prior())
         pyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=torch.tensor([2.0, 0.0], dtype=DOUBLE))
 
-    mcmc = gm.infer.MCMC(gm.infer.HMC(model), num_samples=150, num_chains=64, seed=0, progress_bar=False)
+    mcmc = gm.infer.MCMC(gm.infer.HMC(model, level="graph"), num_samples=150, num_chains=64, seed=0, progress_bar=False)
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)["x"]
     variance = 1 / (1 / 0.04 + 1 / 0.25)  # one mode alone counts

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyro_genmods as gm
-from pyro_genmods.evolve import RK4, distilled
+from pyro_genmods.evolve import RK4, distillation
 from pyro_genmods.evolve.certificate import Certificate, Measured, certify, sliced_distance
-from pyro_genmods.evolve.distilled import METHODS, Distilled, distill
+from pyro_genmods.evolve.distillation import METHODS, distill
+from pyro_genmods.evolve.distilled import Distilled
 from pyro_genmods.foundation.errors import DensityError, IntegrationError, ShapeError
 from pyro_genmods.foundation.residual import ResidualMLP
 
@@ -379,14 +380,14 @@ def test_a_student_of_a_default_network_starts_with_its_weights():
 
 
 def test_an_interrupt_keeps_what_was_learned(monkeypatch):
-    whole, calls = distilled._Lessons.batch, itertools.count()
+    whole, calls = distillation._Lessons.batch, itertools.count()
 
     def batch(self, iteration):
         if next(calls) == 60:
             raise KeyboardInterrupt
         return whole(self, iteration)
 
-    monkeypatch.setattr(distilled._Lessons, "batch", batch)
+    monkeypatch.setattr(distillation._Lessons, "batch", batch)
     with pytest.warns(RuntimeWarning, match="interrupted at iteration 60 of 100"):
         student = distill(gaussian_teacher(), iterations=100, certificate=False, **QUIET)
     z = torch.randn(1000, 2)
@@ -454,12 +455,12 @@ def test_a_teacher_that_explodes():
 
 
 def test_a_loss_that_explodes(monkeypatch):
-    whole, calls = distilled._Lessons.residual, itertools.count()
+    whole, calls = distillation._Lessons.residual, itertools.count()
 
     def residual(self, *args):
         return whole(self, *args) * (math.nan if next(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(distilled._Lessons, "residual", residual)
+    monkeypatch.setattr(distillation._Lessons, "residual", residual)
     with pytest.warns(RuntimeWarning, match="not finite at iteration 3"):
         student = distill(gaussian_teacher(), iterations=10, certificate=False, **QUIET)
     assert all(bool(p.isfinite().all()) for p in student.parameters())

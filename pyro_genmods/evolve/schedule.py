@@ -339,7 +339,6 @@ class EDM(Schedule):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """From the smallest to the largest noise."""
         return self.sigma_min, self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
