@@ -155,7 +155,7 @@ def test_context(dtype):
     teacher = gaussian_teacher(dtype, context=2)
     contexts = 0.5 * torch.randn(200, 2, dtype=dtype)
     student = distill(
-        teacher, context=contexts, iterations=600, batch_size=256, learning_rate=3e-3, certificate=False, **QUIET
+        teacher, context=contexts, iterations=400, batch_size=128, learning_rate=3e-3, certificate=False, **QUIET
     )
     z, c = torch.randn(4000, 2, dtype=dtype), contexts[torch.randint(200, (4000,))]
     with torch.no_grad():
@@ -186,7 +186,8 @@ def test_an_image_teacher_has_an_image_student():
     student = distill(teacher, iterations=1, batch_size=4, teacher_steps=2, certificate=False, **QUIET)
     assert type(student.network) is type(teacher.network)
     assert student().sample((2,)).shape == (2, 1, 8, 8)
-    assert abs(float(student().push(torch.zeros(64)).mean()) - 3) < 0.5
+    with torch.no_grad():
+        assert abs(float(student().push(torch.zeros(64)).mean()) - 3) < 0.5
 
 
 # -- the eight modes ---------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def test_a_sliced_distance_is_that_of_sorted_projections():
     assert math.isclose(sliced_distance(x, y, directions), math.sqrt(sum(squares) / 20), rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("shift", [[0.0, 0.0], [1.0, 0.0], [1.2, -1.6]])
+@pytest.mark.parametrize("shift", [pytest.param([0.0, 0.0], marks=pytest.mark.slow), [1.2, -1.6]])
 def test_a_certificate_measures_a_shift(shift):
     r"""Of a standard normal by :math:`\delta`: excess :math:`|\delta| / \sqrt 2`, share off by a non-central law."""
     teacher, length = white_teacher(), math.hypot(*shift)
@@ -314,13 +315,13 @@ def test_inference_in_noise_space_agrees_with_importance_sampling():
         x = pyro.sample("x", student())
         pyro.sample("y", dist.Normal(x, 0.8).to_event(1), obs=y)
 
-    z = torch.randn(200_000, 2, dtype=DOUBLE)
+    z = torch.randn(100_000, 2, dtype=DOUBLE)
     x = student().push(z)
     assert rms(x, white_teacher(DOUBLE)().push(z)) > 0.1  # crooked indeed
     weights = dist.Normal(x, 0.8).to_event(1).log_prob(y).softmax(0)
     mean = (weights[:, None] * x).sum(0)
     second = (weights[:, None] * x.square()).sum(0)
-    draws = chain(noisy(model), draws=800, warmup=150)
+    draws = chain(noisy(model), draws=400, warmup=100)
     found = student().push(draws["x_base"])
     for values, truth in ((found, mean), (found.square(), second)):
         assert_mean(values, truth, chain_mean(values)[1], "posterior in noise space")
