@@ -4,9 +4,9 @@
     python benchmarks/distillation.py --ring --methods regression --steps 1
     python benchmarks/distillation.py --digits                   # half an hour
 
-`--ring`: the teacher is the exact denoiser of eight Gaussians, standard deviation .2, on a circle of radius 2. Distances
-are those of 8000 draws to draws of the law itself, in the user's units, with that of two samples of the law as the
-floor; "off mode" is the share of draws more than four standard deviations from all modes.
+`--ring`: the teacher is the exact denoiser of eight Gaussians, standard deviation .2, on a circle of radius 2.
+Distances are those of 8000 draws to draws of the law itself, in the user's units, with that of two samples of the law
+as the floor; "off mode" is the share of draws more than four standard deviations from all modes.
 
 `--digits`: the 8x8 digits of scikit-learn with uniform noise of one grey level, as 64 coordinates; the teacher is the
 default `Diffusion`, trained by `fit`. What is shown is the certificate.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import pyro_genmods as gm
 from pyro_genmods.evolve.certificate import certify, sliced_distance
-from pyro_genmods.evolve.distilled import METHODS, distill
+from pyro_genmods.evolve.distillation import METHODS, distill
 
 SD = 0.2
 ANGLES = torch.arange(8) * math.pi / 4

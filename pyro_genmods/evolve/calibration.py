@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..foundation.ode import RK4
+from ..mechanism import Density
 from .grid import refined_knots
 
 __all__ = ["calibrated", "score_level"]
 
 STEPS = (4, 8, 16, 32, 64, 128)
-ROWS, MANY = 256, 16
+MANY, LARGE = 16, 64  # features from which fewer rows, and fewer steps, are tried
 LEVELS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 USUAL_LEVEL = 0.05  # where the exact gradient is not to be had
 
@@ -37,13 +38,14 @@ def calibrated(model: Any, tolerance: float, x: Tensor | None, context: Tensor |
     """
     y, c = _rows(model, x, context)
     state = pad(model.noisy(y), (0, 1))
-    knots = refined_knots(model.denoiser.augmented, state, model.told(c), model.knots)
+    large = _large(model)
+    knots = refined_knots(model.denoiser.augmented, state, model.told(c), model.knots, 16 if large else 64)
     before = model.knots.clone()
     model.knots.copy_(knots)
     try:
         with torch.no_grad():
             found = model.log_prob_by(RK4(STEPS[0]), y, c)
-            for steps in STEPS:
+            for steps in STEPS[: 4 if large else None]:
                 better = model.log_prob_by(RK4(2 * steps), y, c)
                 error = float((found - better).abs().nan_to_num(math.inf).max())
                 if error <= tolerance:
@@ -75,9 +77,13 @@ def score_level(model: Any, x: Tensor | None, context: Tensor | None) -> tuple[f
     return LEVELS[best], math.sqrt(errors[best])
 
 
+def _large(model: Any) -> bool:
+    return model.features > LARGE or model.density is Density.ESTIMATE
+
+
 def _rows(model: Any, x: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows to try, the same every time: data from all over, or draws."""
-    rows = ROWS if model.features <= MANY else ROWS // 4
+    rows = 256 if model.features <= MANY else 8 if _large(model) else 64
     device, c = model.place[1], None
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

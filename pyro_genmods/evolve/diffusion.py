@@ -89,8 +89,8 @@ class Diffusion(GenerativeModel):
             constant.
         context_dropout: probability with which training leaves a context away, so that the model learns the law
             without it too, for classifier-free guidance.
-        trace: of the density: ``"exact"``, ``"hutchinson"`` with frozen probes, or ``"auto"``: exact up to 64 features,
-            and where the network knows its divergence.
+        trace: of the density: ``"exact"``, ``"hutchinson"`` with frozen probes, or ``"auto"``: exact up to 64 features
+            that are no image, and where the network knows its divergence.
         solver: of the probability flow, ``RK4(steps)``, ``Heun`` or ``Euler``; by default ``RK4``, with as many steps
             as :meth:`calibrate` finds necessary, which ``fit`` runs at its end.
 
@@ -155,7 +155,8 @@ class Diffusion(GenerativeModel):
         self.network = default_network(inner, self.features, told, scalar) if network is None else network
         check_network(self.network, self.features, told, 1 if scalar else self.features)
         check_rows_apart(self.network, self.features, told)
-        exact = trace == "exact" or (trace == "auto" and (self.features <= MOST_EXACT or self._knows_divergence))
+        few = self.features <= MOST_EXACT and not is_image(inner)
+        exact = trace == "exact" or (trace == "auto" and (few or self._knows_divergence))
         self.density = Density.EXACT if exact else Density.ESTIMATE
         self.whitening = Whitening(self.features)
         self.coordinates.common = self.whiten == "common"
@@ -164,7 +165,7 @@ class Diffusion(GenerativeModel):
         self.register_buffer("probes", rademacher(1, self.features))
         self.register_buffer("knots", even_knots(self.bottom, self.top))
         self.register_buffer("calibration", torch.tensor([16.0, -1.0, 0.05, -1.0]))
-        self._steps, self._given = 16, solver
+        self._steps, self._level, self._given = 16, 0.05, solver
         self.to(*reversed(place_of(self.network)))
 
     def forward(self, context: Tensor | None = None) -> DiffusionDistribution:
@@ -205,7 +206,7 @@ class Diffusion(GenerativeModel):
     @property
     def score_level(self) -> float:
         """Noise, in white standard deviations, at which :meth:`DiffusionDistribution.score` asks the network."""
-        return float(self.calibration[2])
+        return self._level
 
     def start_at_identity(self) -> bool:
         """Zero what the default network puts out; noise is then carried to itself, up to the noise in the law."""
@@ -239,8 +240,7 @@ class Diffusion(GenerativeModel):
     def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Squared error of the velocity, summed over features, at one noise level for each example."""
         w, c = self.white_rows(x, context)
-        centre, spread = self.noise_levels
-        normal = stratified_normal(len(w), w)
+        (centre, spread), normal = self.noise_levels, stratified_normal(len(w), w)
         t = (centre + spread * normal).exp().atan().clamp_min(self.bottom)
         noise = torch.randn_like(w)
         u = t.cos() * w + t.sin() * noise
@@ -309,13 +309,13 @@ class Diffusion(GenerativeModel):
             Steps of the classical Runge-Kutta method; four calls of the network each.
 
         Warns:
-            RuntimeWarning: 128 steps do not meet the tolerance; they are kept.
+            RuntimeWarning: 128 steps (32, for more than 64 features) do not meet the tolerance; they are kept.
         """
         knots, steps, error = calibrated(self, tolerance, x, context)
         self.knots.copy_(knots)
         self._steps = steps
-        level, worst = score_level(self, x, context)
-        self.calibration.copy_(torch.tensor([float(steps), error, level, worst]))
+        self._level, worst = score_level(self, x, context)
+        self.calibration.copy_(torch.tensor([float(steps), error, self._level, worst]))
         if not error <= tolerance:
             warnings.warn(
                 f"calibrate: {steps} steps leave an error of {error:.2g} nats, more than the tolerance {tolerance:.2g}"
@@ -339,8 +339,8 @@ class Diffusion(GenerativeModel):
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The network as velocity, denoised datum, noise and score of white rows."""
-        exact = self.density is Density.EXACT
-        return NetworkDenoiser(self.network, self.parameterization, None if exact else self.probes)
+        probes = None if self.density is Density.EXACT else self.probes
+        return NetworkDenoiser(self.network, self.parameterization, probes)
 
     def log_prob_rows(self, y: Rows, c: Context | None) -> Values:
         return self.log_prob_by(self.solver, y, c)
@@ -392,9 +392,9 @@ class Diffusion(GenerativeModel):
             solver,
             context=c,
             parameters=tuple(self.network.parameters()),
-            strict=bool(Distribution._validate_args),  # a chain that is lost must not end the others
+            strict=bool(Distribution._validate_args),  # a lost chain must not end the others
         )
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._steps = int(self.calibration[0])
+        self._steps, self._level = int(self.calibration[0]), float(self.calibration[2])

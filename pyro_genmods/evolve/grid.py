@@ -18,7 +18,6 @@ from ..foundation.runge_kutta import RUNGE_KUTTA, Field, runge_kutta_step
 __all__ = ["angles_of", "even_knots", "refined_knots"]
 
 KNOTS = 129
-CELLS = 64
 FLOOR = 1e-6  # of a cell's error, in units of the largest
 ORDER = 5
 
@@ -52,7 +51,7 @@ def angles_of(knots: Tensor, steps: int) -> Tensor:
     return torch.lerp(knots[left], knots[left + 1], place - left)
 
 
-def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Tensor) -> Tensor:
+def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Tensor, cells: int = 64) -> Tensor:
     """Knots of a grid that spreads the local error of a field evenly.
 
     Arguments:
@@ -60,6 +59,7 @@ def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Te
         state: rows at the first knot, ``(rows, n)``.
         context: rows of context.
         knots: of the grid so far.
+        cells: how many steps are looked at.
 
     Example:
         >>> sharp = lambda t, y, c: (-200 * (t - 0.3).square()).exp() * y
@@ -67,7 +67,7 @@ def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Te
         >>> bool((knots.diff() > 0).all()), bool(((knots > 0.1) & (knots < 0.5)).float().mean() > 0.4)
         (True, True)
     """
-    grid, errors, eps = angles_of(knots, CELLS), [], torch.finfo(state.dtype).eps
+    grid, errors, eps = angles_of(knots, cells), [], torch.finfo(state.dtype).eps
     with torch.no_grad():
         for t, h in zip(grid[:-1].unbind(), grid.diff().unbind(), strict=True):
             once, _ = runge_kutta_step(field, t, h, state, context, RUNGE_KUTTA)
@@ -83,7 +83,7 @@ def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Te
     mass = 0.25 * mass[:-2] + 0.5 * mass[1:-1] + 0.25 * mass[2:]
     reached = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
     wanted = torch.linspace(0, 1, len(knots), dtype=torch.float64) * reached[-1]
-    cell = torch.searchsorted(reached, wanted, right=True).clamp(1, CELLS) - 1
+    cell = torch.searchsorted(reached, wanted, right=True).clamp(1, cells) - 1
     old = grid.double().cpu()
     inside = (wanted - reached[cell]) / mass[cell]
     found = torch.lerp(old[cell], old[cell + 1], inside.clamp(0, 1))
