@@ -4,7 +4,7 @@ Each number is the median of a few repetitions in one run, one thread.
 
     python benchmarks/diffusion.py
 
-* ``leapfrog``: one leapfrog of 64 chains under a diffusion prior, by the score as a force, in noise space (16 calls), and
+* ``leapfrog``: one of 64 chains under a diffusion prior, by the score as a force, in noise space (16 calls), and
   by the exact gradient of the density (64 calls), two features and the default network.
 * ``density``: seconds for 512 log densities at an error of a thousandth of a nat, and the network calls they take.
 * ``posterior``: effective draws a second of the 2-d Gaussian posterior by the same three ways.
@@ -68,7 +68,7 @@ def leapfrogs(prior: gm.Diffusion) -> None:
     q = torch.randn(CHAINS, 2)
     for name, program in programs(prior).items():
         energy = gm.infer.potential(program, level="eager" if name == "exact gradient" else "graph")
-        print(f"leapfrog, {name}: {1e3 * median(lambda energy=energy: energy.grad(q)):.2f} ms")  # noqa: T201
+        print(f"leapfrog, {name}: {1e3 * median(lambda energy=energy: energy.grad(q)):.2f} ms")
 
 
 def densities(prior: gm.Diffusion) -> None:
@@ -76,7 +76,7 @@ def densities(prior: gm.Diffusion) -> None:
     x = prior().sample((512,))
     with torch.no_grad():
         seconds = median(lambda: prior().log_prob(x))
-    print(f"density: {seconds:.3f} s for 512, {prior.cost.score} calls, error {prior.log_prob_error:.1e}")  # noqa: T201
+    print(f"density: {seconds:.3f} s for 512, {prior.cost.score} calls, error {prior.log_prob_error:.1e}")
 
 
 def posteriors(prior: gm.Diffusion) -> None:
@@ -92,7 +92,7 @@ def posteriors(prior: gm.Diffusion) -> None:
         seconds = time.perf_counter() - start
         (site,) = [x for name, x in mcmc.get_samples(group_by_chain=True).items() if name in ("x", "x_base")]
         ess = min(float(arviz.ess(site[..., k].numpy())) for k in range(2))
-        print(f"posterior, {name}: {ess / seconds:.0f} effective draws a second")  # noqa: T201
+        print(f"posterior, {name}: {ess / seconds:.0f} effective draws a second")
 
 
 if __name__ == "__main__":
