@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.distributions.transforms import identity_transform
 import pyro_genmods as gm
 from pyro_genmods.coordinates import circular
 from pyro_genmods.evolve.energy import ScalarNetwork
+from pyro_genmods.evolve.guidance import GuidedLaw
 from pyro_genmods.factorize import (
     Bernoulli,
     Categorical,
@@ -462,6 +464,21 @@ def diffusion(
     return Law(name, build, context=context, **{**promised, **(facts or {})})
 
 
+def student(name: str, *, context: int = 0, calls: int = 1, support: constraints.Constraint | None = None) -> Law:
+    """A row of ``gm.Distilled`` whose network is moved by standard normal draws."""
+
+    def build() -> gm.Distilled:
+        angles = (*[math.pi / 2 * (1 - k / calls) for k in range(calls)], 0.001)
+        model = gm.Distilled(ResidualMLP(2, context, width=8), (2,), angles, context, support)
+        with torch.no_grad():
+            for parameter in model.network.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    facts = {"density": gm.Density.IMPLICIT, "networks": ("network",), "support": support or REAL}
+    return Law(name, build, context=context, **facts)
+
+
 def path(
     name: str, *, context: int = 0, posterior: bool = False, facts: dict[str, Any] | None = None, **kwargs: Any
 ) -> Law:
@@ -562,6 +579,10 @@ HEADS: dict[str, tuple[Conditional, dict[str, Any]]] = {
     "columns": (Mixed((GaussianMixture(2), Categorical(3), Spline(4))), OF_COLUMNS),
     "real-columns": (Mixed((LogisticMixture(2), Spline(4))), {}),
 }
+
+# Laws that read a diffusion's network in another way, and promise less: an energy has no draws of its own, a force no
+# gradient, a guided law no density. They have tests of their own, in test_diffusion.py and test_posterior_samplers.py.
+READERS = (gm.evolve.EnergyLaw, gm.evolve.ForcedLaw, GuidedLaw)
 
 LAWS: tuple[Law, ...] = (
     flow("nsf", F.NSF, **SPLINE),
@@ -705,6 +726,8 @@ LAWS: tuple[Law, ...] = (
     diffusion("diffusion-two-steps", sampler=gm.evolve.AdamsBashforth(4)),
     diffusion("diffusion-solver", context=2, sampler=gm.evolve.DPMSolver(4), facts={"core": False}),
     diffusion("diffusion-ancestral", sampler=gm.evolve.Ancestral(3)),
+    student("student"),
+    student("student-context-positive", context=2, calls=2, support=constraints.positive),
     path("path"),
     path("path-linear-context", context=2, method="local_linear"),
     path("path-posterior", posterior=True),

@@ -23,7 +23,7 @@ from pyro_genmods.coordinates import circular
 from pyro_genmods.factorize import Conditional
 from pyro_genmods.foundation.errors import DensityError, ModelError, SupportError
 
-from .laws import LAWS, Law, rows, shared, zuko
+from .laws import LAWS, READERS, Law, rows, shared, zuko
 from .statistics import assert_counts, assert_mean, assert_uniform
 
 EXACT = gm.Density.EXACT
@@ -76,7 +76,7 @@ def at_leisure(law: Law) -> bool:
 
 def test_every_mechanism_is_in_the_table():
     ours = {cls for cls in every_subclass(gm.GenerativeModel) if cls.__module__.startswith("pyro_genmods.")}
-    assert ours == {type(shared(law)) for law in LAWS}
+    assert ours - set(READERS) == {type(shared(law)) for law in LAWS}
 
 
 def test_every_zuko_flow_is_in_the_table():

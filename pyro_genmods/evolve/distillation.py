@@ -132,7 +132,7 @@ def distill(
 
     Example:
         >>> import torch, pyro_genmods as gm
-        >>> from pyro_genmods.evolve.distilled import distill
+        >>> from pyro_genmods.evolve import distill
         >>> teacher = gm.Diffusion(2)
         >>> history = gm.fit(teacher, torch.randn(500, 2).exp(), max_epochs=2, seed=0, progress_bar=False)
         >>> student = distill(teacher, iterations=20, certificate=False, seed=0, progress_bar=False)

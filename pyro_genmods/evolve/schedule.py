@@ -148,8 +148,8 @@ class Angle(Schedule):
         smallest: the first time.
 
     Example:
-        >>> Angle().angles(2)
-        tensor([1.5708, 0.7859, 0.0010], dtype=torch.float64)
+        >>> (10 * Angle(0.1).angles(2)).round().tolist()
+        [16.0, 8.0, 1.0]
     """
 
     smallest: float = 1e-3
