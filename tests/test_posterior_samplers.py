@@ -605,6 +605,6 @@ def test_bad_options(make, message):
 def test_a_prior_must_be_a_diffusion():
     for make in (TwistedSMC, SplitGibbs, guided):
         with pytest.raises(TypeError, match="needs a Diffusion"):
-            make(torch.nn.Linear(2, 2), lambda x: x[:, 0])
+            make(gm.ContinuousFlow(2), lambda x: x[:, 0])
     with pytest.raises(SamplingError, match="-inf for all 20 chains"):
         SplitGibbs(standard_normal(2), lambda x: -torch.inf * (1 + x[:, 0].square()), 20, sweeps=2).run()
