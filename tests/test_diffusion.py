@@ -476,6 +476,7 @@ def test_the_divergence_by_one_call_is_unbiased_and_differentiable(make, dim):
     assert bool(mean.grad.isfinite().all())
 
 
+@pytest.mark.slow
 def test_mean_field_elbo_finds_the_posterior():
     prior, law = gaussian(4.0, 2)
     y = torch.tensor([1.0, -1.0], dtype=DOUBLE)
@@ -813,7 +814,7 @@ def test_columns_without_a_density_are_refused():
 
 def test_the_engine_drops_the_density_from_the_force():
     """A leapfrog by the score costs at most a fiftieth of one by the gradient of the density."""
-    prior = gm.Diffusion(2, solver=evolve.RK4(16)).freeze()
+    prior = gm.Diffusion(2, solver=evolve.RK4(8)).freeze()
     with torch.no_grad():
         for parameter in prior.network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -822,7 +823,7 @@ def test_the_engine_drops_the_density_from_the_force():
         x = pyro.sample("x", law())
         pyro.sample("y", dist.Normal(x[..., 0], 0.3), obs=torch.tensor(1.0))
 
-    q, seconds = torch.randn(64, 2), {}
+    q, seconds = torch.randn(16, 2), {}
     for name, law in (("force", prior.with_score_force()), ("exact", prior)):
         energy = gm.infer.potential(model, (law,), level="eager" if name == "exact" else "graph")
         energy.grad(q)
