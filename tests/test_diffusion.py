@@ -644,11 +644,12 @@ def test_an_energy_is_a_log_density_up_to_one_constant():
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
-def train(model: gm.Diffusion, draw: Callable[[int], Tensor], steps: int, rate: float = 2e-3) -> gm.Diffusion:
+def train(model: gm.Diffusion, draw: Callable[[int], Tensor], steps: int, rate: float = 1e-3) -> gm.Diffusion:
     """On fresh draws at every step: what is judged is the network, not what it learns by heart."""
     model.standardize(draw(20000).float())
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rates = [min(1.0, (k + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * k / steps)) for k in range(steps + 1)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates.__getitem__)
     for _ in range(steps):
         loss = model.loss(draw(512).float()).mean()
         optimizer.zero_grad()
