@@ -660,17 +660,15 @@ def train(model: gm.Diffusion, draw: Callable[[int], Tensor], steps: int, rate: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "draw", "bound"), [(ring, ring_draws, 0.08), (lattice, lattice_draws, 0.55)])
-def test_the_default_network_learns_mixtures(make, draw, bound):
+def test_the_default_network_learns_eight_modes():
     gaps = []
     for seed in range(3):
         torch.manual_seed(seed)
-        model = train(gm.Diffusion(2 if make is ring else 8), draw, 2500)
-        model.solver = evolve.RK4(16)
-        x, truth = draw(600), make()
+        model = train(gm.Diffusion(2, solver=evolve.RK4(16)), ring_draws, 2500)
+        x = ring_draws(600)
         with torch.no_grad():
-            gaps.append(float((smoothed(truth, x) - model().log_prob(x.float())).mean()))
-    assert sum(gaps) / 3 < bound, gaps
+            gaps.append(float((smoothed(ring(), x) - model().log_prob(x.float())).mean()))
+    assert sum(gaps) / 3 < 0.08, gaps
 
 
 @pytest.mark.slow
