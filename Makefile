@@ -25,7 +25,7 @@ test: lint
 
 test-all: test
 	$(PYTEST) -m slow $(PYTEST_ARGS)
-	set -e; for tutorial in tutorials/*.py; do MPLBACKEND=Agg $(BIN)/python "$$tutorial"; done
+	ls tutorials/*.py | OMP_NUM_THREADS=1 MPLBACKEND=Agg xargs -n 1 -P $(JOBS) $(BIN)/python
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check $(SOURCES)
