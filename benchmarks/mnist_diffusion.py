@@ -12,17 +12,14 @@ import argparse
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from mnist_autoregressive import grid
 from torch import Tensor
 
 import pyro_genmods as gm
 from pyro_genmods import evolve
 from pyro_genmods.foundation.unet import UNet
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # isort: skip
 
 BATCH, RATE = 128, 2e-3
 
@@ -73,16 +70,6 @@ def trained(x: Tensor, minutes: float) -> gm.Diffusion:
     return model
 
 
-def grid(images: Tensor, columns: int, path: Path) -> None:
-    _, axes = plt.subplots(len(images) // columns, columns, figsize=(columns * 0.6, len(images) / columns * 0.6))
-    for axis, image in zip(axes.flat, images[:, 0], strict=True):
-        axis.axis("off")
-        axis.imshow(image, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-    plt.tight_layout(pad=0.2)
-    plt.savefig(path, dpi=110)
-    plt.close()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -104,7 +91,7 @@ def main() -> None:
     start = time.perf_counter()
     samples = model.sampled_by(evolve.AdamsBashforth(24))().sample((48,))
     print(f"48 samples in {time.perf_counter() - start:.1f} s")
-    grid(samples, 12, arguments.out / "mnist_diffusion_samples.png")
+    grid(samples[:, 0], 12, arguments.out / "mnist_diffusion_samples.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Carbon dioxide over Mauna Loa with missing weeks: what was the air like when nobody measured it, and next year?
 
-    python tutorials/sde.py [--out outputs] [--draws 200] [--steps 250]
+    python tutorials/sde.py [--out outputs] [--draws 1000] [--steps 250]
 
 Weekly means from 1958 to 1965, in ppm. 47 of the 405 weeks have no value; we hide 26 more in 1961 and all of 1965, so
 that there is something to be checked against. One Pyro program describes the series,
