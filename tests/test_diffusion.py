@@ -580,6 +580,7 @@ def test_the_score_as_a_force_finds_the_posterior_and_is_cheap():
     assert_posterior(mcmc.get_samples()["x"])
 
 
+@pytest.mark.slow
 def test_a_wrong_force_is_corrected_by_the_accept_test():
     """The score at a level of noise that is far too high is half of what it should be: another field, the same law."""
     prior = correlated()

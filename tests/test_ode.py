@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
 
 from pyro_genmods.foundation.adaptive import Accuracy, adaptive_steps
-from pyro_genmods.foundation.divergence import estimated_divergence, exact_divergence, rademacher
+from pyro_genmods.foundation.divergence import (
+    estimated_divergence,
+    exact_divergence,
+    jacobian_products,
+    rademacher,
+)
 from pyro_genmods.foundation.errors import IntegrationError
 from pyro_genmods.foundation.flow_matching import gaussian_velocity, late_times, straight_line
 from pyro_genmods.foundation.ode import RK4, DormandPrince, Euler, Heun, odeint
+from pyro_genmods.foundation.unet import UNet
 from pyro_genmods.foundation.vector_field import VectorField
 from pyro_genmods.transform.pairing import optimal_pairing
 
@@ -319,6 +326,27 @@ def test_settings_out_of_range(make, message):
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------
+
+
+def test_products_with_jacobians_are_the_same_where_nobody_differentiates_further():
+    torch.manual_seed(0)
+    y, told = torch.randn(5, 16), torch.tensor(0.7)
+    network = UNet((1, 4, 4), channels=(8,))  # its normalisation has no batching rule for derivatives
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for function in (
+        nn.Sequential(nn.Linear(16, 16), nn.Tanh()),
+        lambda y: network(told, y, None),
+        torch.zeros_like,
+    ):
+        value, products = jacobian_products(function, y)
+        with torch.no_grad():
+            plain, plain_products = jacobian_products(function, y)
+        assert not plain.requires_grad
+        assert_close(plain, value, atol=1e-6, rtol=1e-5)
+        for k in (1, 3):
+            e = torch.randn(k, 5, 16)
+            assert_close(plain_products(e), products(e), atol=1e-5, rtol=1e-5)
 
 
 def test_the_exact_divergence_is_the_trace_of_the_jacobian():

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import pyro_genmods as gm
 from pyro_genmods.evolve.gibbs import SplitGibbs
 from pyro_genmods.evolve.guidance import DPS, ClassifierFree, MomentMatching, PiGDM, guided, tweedie
-from pyro_genmods.evolve.posterior import Posterior, WhiteLikelihood, root
+from pyro_genmods.evolve.posterior import Posterior, WhiteLikelihood, conditioned, root
 from pyro_genmods.evolve.twisted import TwistedSMC
 from pyro_genmods.foundation.errors import ModelError, SamplingError, ShapeError
 from pyro_genmods.foundation.resampling import effective_sample_size, systematic
@@ -309,6 +309,30 @@ def test_split_gibbs_of_a_gaussian():
     assert found.evaluations == 61 * 60
 
 
+@pytest.mark.parametrize("d_y", [1, 2])
+def test_a_quadratic_likelihood_takes_one_step_whatever_the_covariance(d_y):
+    """The derivative of a learned network is not symmetric; that is no reason to call a likelihood not quadratic."""
+    torch.manual_seed(0)
+    a, y, mean = torch.randn(d_y, 3).double(), torch.randn(d_y).double(), torch.randn(50, 3).double()
+    skew = torch.tensor([[0.0, 0.6, -0.3], [-0.6, 0.0, 0.5], [0.3, -0.5, 0.0]]).double()
+    calls = []
+
+    def log_likelihood(x):
+        calls.append(len(x))
+        return Normal(x @ a.mT, 0.3).log_prob(y).sum(-1)
+
+    likelihood, counts = WhiteLikelihood(log_likelihood, standard_normal(3)), []
+    for v in (torch.eye(3).double(), torch.eye(3).double() + skew):
+        calls.clear()
+        moved, _ = conditioned(likelihood, mean, lambda w, v=v: w @ v.mT)
+        counts.append(len(calls))
+        if d_y == 1:
+            h, g = a.mT @ a / 0.09, (y - mean @ a.mT) @ a / 0.09
+            exact = mean + torch.linalg.solve(torch.eye(3) + h @ v, g.mT).mT @ v.mT
+            assert_close(moved, exact, atol=1e-8, rtol=1e-8)
+    assert counts[0] == counts[1] < 6
+
+
 class NoDerivative(torch.autograd.Function):
     """The identity, which refuses to be differentiated."""
 
@@ -344,7 +368,7 @@ def test_split_gibbs_never_differentiates_the_network():
     prior = gm.Diffusion(2, network=Stiff()).double()
     found = SplitGibbs(prior, lambda x: Normal(x[:, 0], 1.0).log_prob(torch.tensor(1.0)), 50, sweeps=3).run()
     assert found.draws.shape == (50, 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AssertionError, match="differentiated"):
         TwistedSMC(prior, lambda x: -x[:, 0].square(), 50, steps=3).run()
 
 

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from ..contract import GenerativeModel
+from ..foundation.divergence import jacobian_products
 from ..foundation.errors import ModelError
 from ..foundation.ode import FixedStep
 from ..foundation.shapes import Rows, Values
@@ -192,13 +193,13 @@ def tweedie(denoiser: Denoiser, t: Tensor, u: Tensor, c: Tensor | None) -> tuple
     is; where all is noise the covariance is the identity, that of white data.
     """
     with torch.no_grad():
-        datum, pull = torch.func.vjp(lambda u: denoiser.denoised(t, u, c), u)
+        datum, products = jacobian_products(lambda u: denoiser.denoised(t, u, c), u)
     late = t > NOISE_ONLY
     factor = t.sin().square() / torch.where(late, 1.0, t.cos())
 
     @torch.no_grad()
     def spread(w: Tensor) -> Tensor:
-        return torch.where(late, w, factor * torch.func.vmap(lambda w: pull(w)[0])(w))
+        return torch.where(late, w, factor * products(w))
 
     return datum.detach(), spread
 

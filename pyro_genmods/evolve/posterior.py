@@ -230,8 +230,10 @@ def conditioned(likelihood: WhiteLikelihood, mean: Rows, spread: Callable[[Tenso
         k = torch.cholesky_solve((along - torch.einsum("nir,ni->nr", factor, vh))[..., None], chol)[..., 0]
         dual = torch.einsum("nir,nr->ni", factor, k) + across
         move = torch.einsum("nir,nr->ni", vb, k) + vh
-        level = values.double() - ((pull - 0.5 * bent) * offset).sum(-1) + 0.5 * (pull * move).sum(-1)
-        return Newton(dual, move, level, 2 * chol.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+        change = move - offset
+        bend = torch.einsum("nir,ni->nr", factor, change).square().sum(-1)
+        expected = values.double() + (gradients.double() * change).sum(-1) - 0.5 * bend
+        return Newton(dual, move, expected, 2 * chol.diagonal(dim1=-2, dim2=-1).log().sum(-1))
 
     return _laplace(likelihood, mean, solve)
 
@@ -256,10 +258,11 @@ def conditioned_diagonal(likelihood: WhiteLikelihood, mean: Rows, variance: Tens
         pull = gradients.detach() + bent
         y = conjugate_gradients(lambda p: scale * curved(scale * p), scale * pull)
         move = scale * y
-        level = values.double() - ((pull - 0.5 * bent) * offset).sum(-1) + 0.5 * (pull * move).double().sum(-1)
+        change = move - offset.to(mean)
+        rise = ((gradients.detach() - 0.5 * curved(change)) * change).double().sum(-1)
         diagonal = (signs * scale * curved(signs * scale)).clamp_min(0)
         dual = y / scale.clamp_min(torch.finfo(y.dtype).tiny ** 0.5)
-        return Newton(dual.double(), move.double(), level, diagonal.double().log1p().sum(-1))
+        return Newton(dual.double(), move.double(), values.double() + rise, diagonal.double().log1p().sum(-1))
 
     return _laplace(likelihood, mean, solve)
 
@@ -269,13 +272,14 @@ class Newton(NamedTuple):
 
     Attributes:
         dual, offset: :math:`w` and :math:`V w`, from the mean to the maximum.
-        level: of the approximation there.
+        expected: log likelihood there, by its own quadratic approximation. That of the sum would need a symmetric
+            :math:`V`, which the derivative of a network is not.
         log_det: of :math:`I + H V`.
     """
 
     dual: Tensor
     offset: Tensor
-    level: Tensor
+    expected: Tensor
     log_det: Tensor
 
 
@@ -294,17 +298,17 @@ def _laplace(likelihood: WhiteLikelihood, mean: Rows, solve: Callable[[Tensor], 
         for _ in range(HALVINGS):
             part = fraction[:, None]
             trial = offset + part * (new.offset - offset), dual + part * (new.dual - dual)
-            found = likelihood(mean + trial[0].to(mean), strict=False).double() - 0.5 * (trial[0] * trial[1]).sum(-1)
-            found = torch.where(fraction > 0, found, level)
-            worse = found < level - 1e-6 * (1 + level.abs())
+            value = likelihood(mean + trial[0].to(mean), strict=False).double()
+            found = torch.where(fraction > 0, value - 0.5 * (trial[0] * trial[1]).sum(-1), level)
+            near = (fraction == 1) & ((value - new.expected).abs() <= 1e-3 + 1e-6 * new.expected.abs())
+            worse = ~near & (found < level - 1e-6 * (1 + level.abs()))
             if not bool(worse.any()):
                 break
             fraction = torch.where(worse, fraction / 2, fraction)
         better = (wanted & ~worse)[:, None]
         offset, dual = torch.where(better, trial[0], offset), torch.where(better, trial[1], dual)
         level = torch.where(worse, level, found)
-        near = (found - new.level).abs() <= 1e-3 + 1e-6 * level.abs()
-        wanted = wanted & ~worse & ~((fraction == 1) & near)
+        wanted = wanted & ~worse & ~near
         if not bool(wanted.any()):
             break
     return mean + offset.to(mean), level - 0.5 * log_det

@@ -71,14 +71,15 @@ class ReverseSDE(Sampler):
 
     def run(self, denoiser: Denoiser, u: Tensor, c: Tensor | None, angles: Tensor, draw: Draw) -> Tensor:
         times = self.schedule.times(self.steps).to(u)
-        schedule, angles, scales = self.schedule, self.schedule.angle(times), self.schedule.scale(times)
+        angles, scales = self.schedule.angle(times), self.schedule.scale(times)
+        rates, pulls = (of(times).expand_as(times) for of in (self.schedule.diffusion, self.schedule.drift))
 
         def drift(k: int, _: Tensor, x: Tensor) -> Tensor:
             score = denoiser.score(angles[k], x / scales[k], c) / scales[k]
-            return schedule.diffusion(times[k]).square() * score - schedule.drift(times[k]) * x
+            return rates[k].square() * score - pulls[k] * x
 
         def diffusion(k: int, _: Tensor, x: Tensor) -> Tensor:
-            return schedule.diffusion(times[k]).expand_as(x)
+            return rates[k].expand_as(x)
 
         with torch.no_grad():
             path, _ = solve(Coefficients(drift, diffusion), -times, u * scales[0])

@@ -22,11 +22,54 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
-__all__ = ["estimated_divergence", "exact_divergence", "rademacher"]
+from .causal import transformed
+
+__all__ = ["estimated_divergence", "exact_divergence", "jacobian_products", "rademacher"]
 
 Velocity = Callable[[Tensor], Tensor]
+
+
+def jacobian_products(function: Velocity, y: Tensor) -> tuple[Tensor, Velocity]:
+    """Values at rows, and products ``(k, rows, n)`` of vectors of that shape with the Jacobians from the left.
+
+    Where nobody differentiates further, plain automatic differentiation gives them, which costs two thirds of what
+    ``torch.func`` takes, and lets networks use their fused kernels.
+
+    Arguments:
+        function: ``(rows, n)`` to ``(rows, n)``, each row from its own alone.
+        y: ``(rows, n)``.
+
+    Example:
+        >>> value, products = jacobian_products(lambda y: y**2, torch.tensor([[1.0, 2.0]]))
+        >>> products(torch.eye(2)[:, None])
+        tensor([[[2., 0.]],
+        <BLANKLINE>
+                [[0., 4.]]])
+    """
+    if torch.is_grad_enabled() or transformed():
+        return _transposed(function, y)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        value = function(leaf)
+
+    def products(e: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(e)
+        options = {"retain_graph": True, "materialize_grads": True}
+        if len(e) == 1:
+            return torch.autograd.grad(value, leaf, e[0], **options)[0][None]
+        try:
+            return torch.autograd.grad(value, leaf, e, is_grads_batched=True, **options)[0]
+        except RuntimeError:  # a fused kernel without a batching rule
+            return _transposed(function, leaf.detach())[1](e)
+
+    return value.detach(), products
+
+
+def _transposed(function: Velocity, y: Tensor) -> tuple[Tensor, Velocity]:
+    value, pullback = torch.func.vjp(function, y)
+    return value, torch.vmap(lambda e: pullback(e)[0])
 
 
 def exact_divergence(velocity: Velocity, y: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -45,13 +88,11 @@ def exact_divergence(velocity: Velocity, y: Tensor, chunk_size: int | None = Non
         >>> divergence
         tensor([6.])
     """
-    v, pullback = vjp(velocity, y)
-    basis = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
-
-    def entry(e: Tensor) -> Tensor:
-        return (pullback(e.expand_as(y))[0] * e).sum(-1)
-
-    return v, torch.vmap(entry, chunk_size=chunk_size)(basis).sum(0)
+    v, products = jacobian_products(velocity, y)
+    n = y.shape[1]
+    basis = torch.eye(n, dtype=y.dtype, device=y.device)[:, None].expand(-1, *y.shape)
+    parts = [(products(e) * e).sum((0, 2)) for e in basis.split(chunk_size or n)]
+    return v, torch.stack(parts).sum(0)
 
 
 def estimated_divergence(velocity: Velocity, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,12 +111,9 @@ def estimated_divergence(velocity: Velocity, y: Tensor, probes: Tensor) -> tuple
         >>> divergence
         tensor([6.])
     """
-    v, pullback = vjp(velocity, y)
-
-    def along(e: Tensor) -> Tensor:
-        return (pullback(e.expand_as(y))[0] * e).sum(-1)
-
-    return v, torch.vmap(along)(probes).mean(0)
+    v, products = jacobian_products(velocity, y)
+    e = probes if probes.dim() == 3 else probes[:, None].expand(-1, *y.shape)
+    return v, (products(e) * e).sum(-1).mean(0)
 
 
 def rademacher(*shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
