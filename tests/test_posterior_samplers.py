@@ -12,9 +12,11 @@ from torch.distributions import MultivariateNormal, Normal, constraints
 from torch.testing import assert_close
 
 import pyro_genmods as gm
+from pyro_genmods.evolve.conditioning import conditioned
 from pyro_genmods.evolve.gibbs import SplitGibbs
 from pyro_genmods.evolve.guidance import DPS, ClassifierFree, MomentMatching, PiGDM, guided, tweedie
-from pyro_genmods.evolve.posterior import Posterior, WhiteLikelihood, conditioned, root
+from pyro_genmods.evolve.likelihood import WhiteLikelihood, root
+from pyro_genmods.evolve.posterior import Posterior
 from pyro_genmods.evolve.twisted import TwistedSMC
 from pyro_genmods.foundation.errors import ModelError, SamplingError, ShapeError
 from pyro_genmods.foundation.resampling import effective_sample_size, systematic

@@ -30,7 +30,8 @@ from ..foundation.chains import Plain, Step, hamiltonian, start
 from ..foundation.errors import SamplingError
 from .grid import angles_of, even_knots
 from .law import DiffusionDistribution
-from .posterior import LogLikelihood, Posterior, WhiteLikelihood
+from .likelihood import LogLikelihood, WhiteLikelihood
+from .posterior import Posterior
 from .samplers import Ancestral
 from .twisted import one_law, rows_of_context
 

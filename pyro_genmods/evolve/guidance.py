@@ -46,8 +46,9 @@ from ..foundation.divergence import jacobian_products
 from ..foundation.errors import ModelError
 from ..foundation.ode import FixedStep
 from ..foundation.shapes import Rows, Values
+from .conditioning import conditioned, conditioned_diagonal
 from .denoiser import NOISE_ONLY, Denoiser
-from .posterior import LogLikelihood, WhiteLikelihood, conditioned, conditioned_diagonal
+from .likelihood import LogLikelihood, WhiteLikelihood
 from .sampled import SampledLaw
 from .samplers import Ancestral, Sampler
 

@@ -34,7 +34,8 @@ from ..foundation.errors import SamplingError, ShapeError
 from ..foundation.resampling import effective_sample_size, systematic
 from .guidance import Guidance, Look, MomentMatching
 from .law import DiffusionDistribution
-from .posterior import LogLikelihood, Posterior, WhiteLikelihood
+from .likelihood import LogLikelihood, WhiteLikelihood
+from .posterior import Posterior
 from .samplers import Ancestral
 
 __all__ = ["TwistedSMC"]
