@@ -332,7 +332,43 @@ def test_a_quadratic_likelihood_takes_one_step_whatever_the_covariance(d_y):
             h, g = a.mT @ a / 0.09, (y - mean @ a.mT) @ a / 0.09
             exact = mean + torch.linalg.solve(torch.eye(3) + h @ v, g.mT).mT @ v.mT
             assert_close(moved, exact, atol=1e-8, rtol=1e-8)
-    assert counts[0] == counts[1] < 6
+    assert counts == [4, 2]  # the curvature is learned by two calls, once
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("slope", [0.0, 0.7])
+def test_a_curvature_that_is_known_is_as_good_as_one_computed_anew(rows, slope):
+    """Also where the likelihood has a slope across its curvature, and where it has none at all."""
+    torch.manual_seed(0)
+    a, y, mean = torch.randn(2, 4).double(), torch.randn(2).double(), torch.randn(rows, 4).double()
+    direction, half = slope * torch.randn(4).double(), torch.randn(4, 4).double()
+    v = half @ half.mT
+    for sd in (0.3, 1e9):
+        white = WhiteLikelihood(
+            lambda x, sd=sd: Normal(x @ a.mT, sd).log_prob(y).sum(-1) + x @ direction, standard_normal(4)
+        )
+        assert white.quadratic(mean).slanted == (slope > 0 or sd > 1)  # a curvature of nothing spans nothing
+        anew = WhiteLikelihood(white.log_likelihood, white.diffusion, {(*mean.shape, mean.dtype, mean.device): None})
+        for known, other in zip(*(conditioned(w, mean, lambda w: w @ v) for w in (white, anew)), strict=True):
+            assert_close(known, other, atol=1e-8, rtol=1e-8)
+
+
+def test_a_likelihood_that_is_quadratic_here_and_not_there_is_followed():
+    def log_likelihood(x):
+        far = (x[:, 0] - 40).clamp_min(0)
+        return -0.5 * (x[:, 0] - 60).square() - far**3
+
+    mean = torch.tensor([[0.0, 0.0], [30.0, 1.0], [45.0, 0.0]]).double()
+    white = WhiteLikelihood(log_likelihood, standard_normal(2))
+    assert white.quadratic(mean) is not None
+    anew = WhiteLikelihood(log_likelihood, white.diffusion, {(*mean.shape, mean.dtype, mean.device): None})
+    for known, other in zip(*(conditioned(w, mean, lambda w: w) for w in (white, anew)), strict=True):
+        assert_close(known, other, atol=1e-6, rtol=1e-6)
+    curved = WhiteLikelihood(lambda x: -x.exp().sum(-1), standard_normal(2))
+    nowhere = WhiteLikelihood(lambda x: (1 - x.square()).log().sum(-1), standard_normal(2))
+    for rows in (1, 3):
+        assert curved.quadratic(mean[:rows]) is None
+        assert nowhere.quadratic(mean[:rows]) is None
 
 
 class NoDerivative(torch.autograd.Function):

@@ -24,7 +24,7 @@ from ..foundation.shapes import Rows, Values
 __all__ = ["LogLikelihood", "Quadratic", "WhiteLikelihood", "root"]
 
 LogLikelihood = Callable[[Tensor], Tensor]
-PROBE = 3.0  # standard deviation of the white rows at which the curvature is compared
+PROBE, PROBES = 3.0, 16  # standard deviation and least number of the white rows where curvatures are compared
 NO_GRADIENT = (
     "log_likelihood: has no gradient with respect to the event, and this sampler follows it; write it with "
     "differentiable torch operations, or use infer.SMC(..., moves='elliptical') in noise space, which needs none."
@@ -130,9 +130,11 @@ class WhiteLikelihood:
         """
         key = (*w.shape, w.dtype, w.device)
         if key not in self._known:
-            noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype)
+            generator, times = torch.Generator().manual_seed(0), max(2, -(-PROBES // max(1, len(w))))
+            noise = torch.randn(times, *w.shape, generator=generator, dtype=w.dtype).to(w)
             try:
-                self._known[key] = _common(*self.local(PROBE * noise.to(w))[1:])
+                seen = [self.local(PROBE * rows)[1:] for rows in noise]
+                self._known[key] = _common(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
             except (SamplingError, ValueError):  # no likelihood so far out
                 self._known[key] = None
         return self._known[key]
