@@ -204,6 +204,8 @@ def test_log_prob_is_that_of_the_raw_flow(name, context):
     if name == "NCSF":  # zuko's uniform base is wider than the circle by 1e-5 at each end
         x, widened = x.remainder(2 * math.pi) - math.pi, 2 * math.log1p(1e-5 / math.pi)
     law, raw = gm.Flow(flow)(c), flow(c)
+    if name == "CNF":  # the network has kinks, at which zuko's solver errs by more than its tolerance
+        raw.transform.atol = raw.transform.rtol = 1e-11
     assert torch.allclose(law.log_prob(x), raw.log_prob(x) + widened, rtol=1e-6, atol=1e-6)
     if context == 0 and name != "GMM":
         # two solvers of one equation, whose network has kinks

@@ -400,7 +400,7 @@ def test_a_sampler_without_density_has_the_right_posterior(shape, settings):
     law, noise = generator(*shape), 1.0
     y = law().sample((24,)) + noise * torch.randn(24, shape[0])
     mean, covariance = noise_posterior(law.weight, law.bias, y, noise)
-    draws = chain(noisy(plated(measured(law, noise))), y, draws=200, **settings)["x_base"]
+    draws = chain(noisy(plated(measured(law, noise))), y, draws=500, warmup=200, **settings)["x_base"]
     assert_chain(draws, mean, covariance)
 
 
