@@ -79,6 +79,8 @@ class Mechanism(nn.Module, ABC):
         value_dtype: dtype of values where it is not that of the parameters (tokens are ``torch.int64``).
         loss_unit: unit of ``loss``, for bars and plots: nats, or ``"sd"`` where it is a distance between standardised
             values.
+        comparable: whether the value of ``loss`` tells which of two epochs is the better one, so that ``fit`` may keep
+            the best; where it does not (a game, a contrast with draws of one's own), the last weights are kept.
         betas: decays of Adam's two moments that suit the objective, for training.
         constructor_arguments: what the object was built from; a saved model is rebuilt from it.
 
@@ -91,6 +93,7 @@ class Mechanism(nn.Module, ABC):
     has_rsample: bool = True
     value_dtype: torch.dtype | None = None
     loss_unit: ClassVar[str] = "nats"
+    comparable: ClassVar[bool] = True
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
 
     def __new__(cls: type[Built], *args: Any, **kwargs: Any) -> Built:

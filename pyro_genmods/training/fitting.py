@@ -66,8 +66,10 @@ def fit(
 ) -> TrainingHistory:
     r"""Learn a model from data, in place.
 
-    The model is left with the best weights, in ``eval()`` mode, on the device where it was. The caller's random stream
-    is left alone, except for one draw where no seed is given; with a seed, two runs on a CPU agree bit for bit.
+    The model is left with the best weights (the last, where ``model.comparable`` is false: a loss that is a game, or a
+    contrast with draws of one's own, cannot say which are best), in ``eval()`` mode, on the device where it was. The
+    caller's random stream is left alone, except for one draw where no seed is given; with a seed, two runs on a CPU
+    agree bit for bit.
 
     Arguments:
         model: any generative model; parameters with ``requires_grad=False`` stay as they are.

@@ -36,6 +36,7 @@ class TrainingHistory:
         stopped: why the run ended.
         resumed: the epochs after which an interrupted run was taken up again.
         seed: what the split, the shuffling and the noise of the objective were made of.
+        last: whether the last epoch counts as the best, because the loss cannot tell which one is.
         unit: of the losses: ``"nats"``, or the model's ``loss_unit``.
 
     Example:
@@ -56,6 +57,7 @@ class TrainingHistory:
     resumed: list[int] = field(default_factory=list)
     seed: int = 0
     unit: str = "nats"
+    last: bool = False
 
     @property
     def epochs(self) -> int:
@@ -74,7 +76,7 @@ class TrainingHistory:
             self.validation_loss.append(validation_loss)
         self.learning_rate.append(learning_rate)
         self.seconds.append(seconds)
-        improved = self.monitored[-1] < self.best_loss
+        improved = self.last or self.monitored[-1] < self.best_loss
         if improved:
             self.best_epoch, self.best_loss = self.epochs, self.monitored[-1]
         return improved
@@ -114,7 +116,7 @@ class TrainingHistory:
         if self.validation_loss:
             ax.plot(epochs, self.validation_loss, color="C0", label="validation")
         if self.best_epoch:
-            label = f"best: {self.best_loss:.4g} at epoch {self.best_epoch}"
+            label = f"{'last' if self.last else 'best'}: {self.best_loss:.4g} at epoch {self.best_epoch}"
             ax.axvline(self.best_epoch, color="C3", linewidth=0.8, linestyle="--")
             ax.plot(self.best_epoch, self.best_loss, "o", color="C3", label=label)
         limits = _vertical_range(self.train_loss, self.validation_loss)
@@ -129,7 +131,8 @@ class TrainingHistory:
     def __repr__(self) -> str:
         best = "no best epoch"
         if self.best_epoch:
-            best = f"best {self.best_loss:.4f} {self.unit}/dim at epoch {self.best_epoch}"
+            kept = "last" if self.last else "best"
+            best = f"{kept} {self.best_loss:.4f} {self.unit}/dim at epoch {self.best_epoch}"
         resumed = f", resumed after epoch {', '.join(map(str, self.resumed))}" if self.resumed else ""
         return (
             f"TrainingHistory({self.epochs} epochs in {sum(self.seconds):.1f} s, {best}, "

@@ -33,7 +33,7 @@ from .history import TrainingHistory
 __all__ = ["Checkpoint", "Settings", "TrainingState", "trainable"]
 
 KIND = "training checkpoint"
-HISTORY_FACTS = ("best_epoch", "stopped", "resumed", "seed", "unit")
+HISTORY_FACTS = ("best_epoch", "stopped", "resumed", "seed", "unit", "last")
 STATE_FACTS = ("steps", "scaler", "finished")
 
 
@@ -133,9 +133,9 @@ class TrainingState:
     def start(cls, model: nn.Module, settings: Settings, seed: int) -> TrainingState:
         """The state before the first step."""
         average = {name: p.detach().clone() for name, p in trainable(model).items()} if settings.ema else {}
-        return cls(
-            TrainingHistory(seed=seed, unit=getattr(model, "loss_unit", "nats")), best=_weights(model), average=average
-        )
+        last = not getattr(model, "comparable", True)
+        history = TrainingHistory(seed=seed, unit=getattr(model, "loss_unit", "nats"), last=last)
+        return cls(history, best=_weights(model), average=average)
 
     def to(self, device: torch.device) -> None:
         """Move the weights that training reads and writes."""
