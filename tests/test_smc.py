@@ -13,9 +13,10 @@ from pyro import poutine
 from scipy import stats
 
 import pyro_genmods as gm
+from pyro_genmods.foundation.annealing import next_step
 from pyro_genmods.foundation.elliptical import elliptical_slice
 from pyro_genmods.foundation.errors import ModelError, SamplingError
-from pyro_genmods.infer.smc import _next_step, _systematic
+from pyro_genmods.foundation.resampling import systematic
 
 from .linear_gaussian import DOUBLE, LinearGaussian, affine_flow
 from .reference_data import DATA, loaded, with_data
@@ -190,17 +191,20 @@ def test_reference_posteriors_with_several_modes(name, observation):
 
 def test_the_next_step_costs_what_it_may():
     likelihood = 3 * torch.randn(1000, dtype=DOUBLE)
-    step = _next_step(likelihood, 1.0, 500.0)
+    one, wanted = torch.ones(1, dtype=DOUBLE), torch.tensor([500.0])
+    step = next_step(likelihood[None], one, wanted)
     weight = (likelihood * step).softmax(0)
     assert float(1 / weight.square().sum()) == pytest.approx(500, rel=1e-3)
-    assert _next_step(likelihood / 1000, 1.0, 500.0) == 1.0
+    assert next_step(likelihood[None] / 1000, one, wanted) == 1.0
 
 
 def test_systematic_resampling_is_unbiased_and_even():
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(50, dtype=DOUBLE, generator=generator)
     weight = weight / weight.sum()
-    counts = torch.stack([torch.bincount(_systematic(weight, generator), minlength=50) for _ in range(2000)]).double()
+    counts = torch.stack(
+        [torch.bincount(systematic(weight.log(), generator), minlength=50) for _ in range(2000)]
+    ).double()
     assert ((counts - 50 * weight).abs() < 1 + 1e-9).all()
     assert_mean(counts, 50 * weight, name="copies")
 

@@ -22,40 +22,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 from tqdm import tqdm
 
+from ..foundation.annealing import Stage, anneal
 from ..foundation.errors import ModelError, SamplingError
+from ..foundation.moves import HamiltonianMoves
 from .initialization import init_to_prior
-from .moves import EllipticalMoves, HamiltonianMoves, Moves
+from .moves import EllipticalMoves
 from .potential import Potential, potential
 
 __all__ = ["SMC", "Stage"]
 
-BISECTIONS = 60
 DISAGREEMENT = 1.05  # of runs, in units of R-hat, that is worth a warning
 MOVES = {"hmc": HamiltonianMoves, "elliptical": EllipticalMoves}
-MOST_STAGES = 500
-
-
-class Stage(NamedTuple):
-    """One step from an inverse temperature to the next.
-
-    Attributes:
-        inverse_temperature: arrived at.
-        ess: effective number of particles before resampling.
-        acceptance: mean acceptance of the moves.
-        moves: how many were needed to forget the past.
-    """
-
-    inverse_temperature: float
-    ess: float
-    acceptance: float
-    moves: int
 
 
 class SMC:
@@ -171,39 +155,24 @@ class SMC:
         return found
 
     def _one(self, index: int, seed: int) -> tuple[Tensor, Tensor, float, list[Stage]]:
-        energy, n = self.potential, self.num_particles
+        energy = self.potential
         q = self._draw_prior(seed)
         energy.inverse_temperature = torch.zeros_like(q[:, 0])
-        moves: Moves = self._moves(energy, q, torch.Generator(q.device).manual_seed(seed))
-        likelihood = -energy.parts(q)[1]
-        if not bool(likelihood.isfinite().any()):
-            raise SamplingError(
-                f"model: none of {n} draws of the prior has a finite likelihood; the prior hardly reaches the data, or "
-                "the likelihood fails there."
-            )
-        beta, log_evidence, stages = 0.0, 0.0, []
+        moves = self._moves(energy, q, torch.Generator(q.device).manual_seed(seed))
         with tqdm(total=1.0, disable=not self.progress_bar, desc=f"run {index + 1}/{self.num_runs}") as bar:
-            while beta < 1:
-                if len(stages) == MOST_STAGES:
-                    raise SamplingError(
-                        f"model: {MOST_STAGES} stages reached an inverse temperature of {beta:.3g}; the likelihood is "
-                        "too sharp for this prior. Take more particles, a lower target_ess, or a prior nearer to it."
-                    )
-                possible = float(likelihood.isfinite().sum())  # the others are lost at any temperature
-                step = _next_step(likelihood, 1 - beta, self.target_ess * possible)
-                log_weight = _finite(likelihood * step)
-                log_evidence += float(log_weight.logsumexp(0)) - math.log(n)
-                weight = log_weight.softmax(0)
-                beta = 1.0 if step >= 1 - beta else beta + step
-                moves.learn(q, weight)
-                q = q[_systematic(weight, moves.generator)]
-                energy.inverse_temperature = torch.full_like(weight, beta)
-                q, likelihood, acceptance, count = moves.move(q, self.num_moves, self.max_moves)
-                stages.append(Stage(beta, float(1 / weight.square().sum()), acceptance, count))
-                bar.set_postfix(beta=f"{beta:.3g}", acc=f"{acceptance:.2f}", log_evidence=f"{log_evidence:.2f}")
-                bar.update(beta - bar.n)
-        prior, rest = energy.parts(q)
-        return q, prior + rest, log_evidence, stages
+
+            def show(stage: Stage, log_evidence: Tensor) -> None:
+                beta, rate = f"{stage.inverse_temperature:.3g}", f"{stage.acceptance:.2f}"
+                bar.set_postfix(beta=beta, acc=rate, log_evidence=f"{float(log_evidence):.2f}")
+                bar.update(stage.inverse_temperature - bar.n)
+
+            options = {"num_moves": self.num_moves, "max_moves": self.max_moves}
+            try:
+                found = anneal(energy, q, moves, target_ess=self.target_ess, report=show, **options)
+            except SamplingError as error:
+                raise SamplingError(f"model: from the prior to the posterior, {error}") from error
+        prior, rest = energy.parts(found.position)
+        return found.position, prior + rest, float(found.log_ratio), found.stages
 
     def _draw_prior(self, seed: int) -> Tensor:
         devices = [self.potential.device] if self.potential.device.type == "cuda" else []
@@ -277,30 +246,3 @@ class SMC:
         """Print Pyro's table, in which runs are chains, and the log evidence."""
         print_summary(self.get_samples(group_by_chain=True), prob=prob)
         print(f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_error:.3f}")  # noqa: T201
-
-
-def _finite(log_weight: Tensor) -> Tensor:
-    return torch.where(log_weight.isnan() | (log_weight == torch.inf), -torch.inf, log_weight)
-
-
-def _effective(log_weight: Tensor) -> float:
-    return float((2 * log_weight.logsumexp(0) - (2 * log_weight).logsumexp(0)).exp())
-
-
-def _next_step(likelihood: Tensor, most: float, wanted: float) -> float:
-    """The longest step in inverse temperature whose weights are worth so many particles, by bisection."""
-    if _effective(_finite(likelihood * most)) >= wanted:
-        return most
-    low, high = 0.0, most
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2 if low > 0 else high / 16
-        low, high = (middle, high) if _effective(_finite(likelihood * middle)) >= wanted else (low, middle)
-    return low if low > 0 else high
-
-
-def _systematic(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices of particles, each about as often as its weight says, by one uniform number."""
-    n = len(weight)
-    offset = torch.empty(1, dtype=torch.float64, device=weight.device).uniform_(generator=generator)
-    positions = (torch.arange(n, dtype=torch.float64, device=weight.device) + offset) / n
-    return torch.searchsorted(weight.double().cumsum(0), positions).clamp_max(n - 1)
