@@ -5,11 +5,12 @@ program exactly as you would use ``Normal``: as a latent site, a likelihood or a
 ``Predictive``. See the README for a tour and ``docs/design.md`` for the ideas.
 """
 
-from . import diagnostics, evolve, factorize, infer, transform
+from . import diagnostics, evolve, factorize, infer, shape, transform
 from .contract import Cost, Density, GenerativeDistribution, GenerativeModel
 from .evolve import Diffusion, Distilled, NeuralSDE
 from .factorize import Autoregressive
 from .io import load, save
+from .shape import Energy
 from .training import TrainingHistory, fit
 from .transform import Adversarial, ContinuousFlow, Flow
 
@@ -24,6 +25,7 @@ __all__ = [
     "Density",
     "Diffusion",
     "Distilled",
+    "Energy",
     "Flow",
     "GenerativeDistribution",
     "GenerativeModel",
@@ -36,6 +38,7 @@ __all__ = [
     "infer",
     "load",
     "save",
+    "shape",
     "transform",
 ]
 __version__ = "0.1.0"

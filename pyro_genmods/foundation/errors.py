@@ -26,6 +26,10 @@ class DensityError(NotImplementedError):
     """A density, transport or sampler was asked of a mechanism that does not have it."""
 
 
+class DoublyIntractableError(DensityError):
+    """A density is asked for whose unknown constant depends on what is being inferred or learned."""
+
+
 class InverseError(RuntimeError):
     """An inverse disagrees with its own forward map on too many points to be trusted."""
 

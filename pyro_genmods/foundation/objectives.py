@@ -14,7 +14,17 @@ from torch.nn.functional import softplus
 
 from .shapes import Rows, Values
 
-__all__ = ["energy_score", "gradient_penalty", "logistic_contrast", "negative_log_likelihood", "wasserstein_critic"]
+__all__ = [
+    "contrastive_divergence",
+    "denoising_score_matching",
+    "energy_score",
+    "gradient_penalty",
+    "hyvarinen_score",
+    "logistic_contrast",
+    "negative_log_likelihood",
+    "sliced_score_matching",
+    "wasserstein_critic",
+]
 
 
 def negative_log_likelihood(log_prob: Values) -> Values:
@@ -139,3 +149,116 @@ def logistic_contrast(real: Values, fake: Values) -> Values:
         tensor([1.3863])
     """
     return softplus(-real) + softplus(fake)
+
+
+def hyvarinen_score(score: Callable[[Tensor], Tensor], x: Rows) -> Values:
+    r"""Hyvarinen's score, which a law without a normaliser has too.
+
+    .. math:: S(x) = \tfrac12\, |s(x)|^2 + \nabla \cdot s(x), \qquad s = \nabla \log p
+
+    Its expectation over data of law :math:`q` is half the mean of :math:`|s - \nabla \log q|^2`, up to a constant of
+    :math:`q` alone. The divergence takes as many reverse passes, in one batch, as there are features. It is blind to
+    the weights of modes that lie far apart.
+
+    Arguments:
+        score: :math:`s`, rows to rows, each row for itself; differentiable.
+        x: data, ``(rows, features)``.
+
+    Returns:
+        The score per row, ``(rows,)``, also where gradients are off.
+
+    References:
+        A. Hyvarinen, Estimation of Non-Normalized Statistical Models by Score Matching, Journal of Machine Learning
+        Research 6 (2005) 695-709.
+
+    Example:
+        >>> hyvarinen_score(lambda x: -x / 4, torch.zeros(1, 3)).detach()       # N(0, 4 I): divergence -3/4
+        tensor([-0.7500])
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        s = score(leaf)
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[:, None].expand(-1, *x.shape)
+        (rows,) = torch.autograd.grad(s, leaf, eye, create_graph=True, is_grads_batched=True)
+        return 0.5 * s.square().sum(-1) + rows.diagonal(dim1=0, dim2=2).sum(-1)
+
+
+def sliced_score_matching(score: Callable[[Tensor], Tensor], x: Rows, directions: Tensor) -> Values:
+    r"""Hyvarinen's score with its divergence estimated along random directions.
+
+    .. math:: \tfrac12\, |s(x)|^2 + \tfrac1M \sum_m v_m^\top \frac{\partial s}{\partial x}\, v_m ,
+              \qquad \mathbb E\, v v^\top = I
+
+    Arguments:
+        score: :math:`s`, rows to rows; differentiable.
+        x: data, ``(rows, features)``.
+        directions: :math:`v`, ``(M, rows, features)``; signs have less variance than normal numbers.
+
+    Returns:
+        The estimate per row, ``(rows,)``; one reverse pass for each direction, in one batch.
+
+    References:
+        Y. Song, S. Garg, J. Shi, S. Ermon, Sliced Score Matching: A Scalable Approach to Density and Score Estimation,
+        2019, arXiv:1905.07088.
+
+    Example:
+        >>> sliced_score_matching(lambda x: -x / 4, torch.zeros(1, 3), torch.ones(2, 1, 3)).detach()
+        tensor([-0.7500])
+    """
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        s = score(leaf)
+        (pulled,) = torch.autograd.grad(s, leaf, directions, create_graph=True, is_grads_batched=True)
+        return 0.5 * s.square().sum(-1) + (pulled * directions).sum(-1).mean(0)
+
+
+def denoising_score_matching(score: Rows, noise: Rows, sigma: Tensor | float) -> Values:
+    r"""Squared error of a score at noisy data, in units of the noise.
+
+    .. math:: \tfrac12 \bigl|\sigma\, s(x + \sigma \epsilon) + \epsilon\bigr|^2
+
+    Its minimiser is the score of the data's law blurred by :math:`\mathcal N(0, \sigma^2 I)`.
+
+    Arguments:
+        score: :math:`s` at the noisy data, ``(rows, features)``.
+        noise: :math:`\epsilon`, standard normal, ``(rows, features)``.
+        sigma: one level, or a column ``(rows, 1)``.
+
+    Returns:
+        The loss per row, ``(rows,)``.
+
+    References:
+        P. Vincent, A Connection Between Score Matching and Denoising Autoencoders, Neural Computation 23 (2011)
+        1661-1674.
+
+    Example:
+        >>> denoising_score_matching(torch.tensor([[-2.0]]), torch.tensor([[1.0]]), 0.5)
+        tensor([0.])
+    """
+    return 0.5 * (sigma * score + noise).square().sum(-1)
+
+
+def contrastive_divergence(real: Values, fake: Values) -> Values:
+    r"""Energy of data less that of draws of the model.
+
+    .. math:: E_\phi(x) - E_\phi(\tilde x), \qquad \tilde x \sim p_\phi
+
+    Its *gradient*, with the draws held, is that of the negative log-likelihood, whose normaliser is unknown:
+    :math:`\nabla \log Z = -\mathbb E_{p_\phi} \nabla E_\phi`. Its value says nothing.
+
+    Arguments:
+        real, fake: energies of data and draws, ``(rows,)``, in nats.
+
+    Returns:
+        The loss per row, ``(rows,)``.
+
+    References:
+        G. E. Hinton, Training Products of Experts by Minimizing Contrastive Divergence, Neural Computation 14 (2002)
+        1771-1800. T. Tieleman, Training Restricted Boltzmann Machines using Approximations to the Likelihood Gradient,
+        2008, ICML.
+
+    Example:
+        >>> contrastive_divergence(torch.tensor([1.0]), torch.tensor([3.0]))
+        tensor([-2.])
+    """
+    return real - fake
