@@ -17,26 +17,28 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..foundation.adaptation import DualAveraging, Moments, halton, harmonic_mean
 from ..foundation.annealing import Path, anneal
-from ..foundation.chains import Step, hamiltonian, langevin, mala, start
+from ..foundation.chains import Info, PotentialLike, State, Step, hamiltonian, langevin, mala, start
 from ..foundation.moves import HamiltonianMoves
 from ..foundation.shapes import Context, Rows
 
 if TYPE_CHECKING:
     from .energy import Energy
 
-__all__ = ["Annealed", "Chains", "EnergySampler", "path_of"]
+__all__ = ["Annealed", "Chains", "EnergySampler", "Tuned", "path_of"]
 
 MOST_ROWS = 2**16  # moved in one batch
 TARGETS = {"hmc": 0.651, "mala": 0.574, "ula": 0.95}
 LENGTH = 1.3
+Record = Callable[[State, Info, Step], None]
 
 
 def path_of(model: Energy, c: Context | None) -> Path:
@@ -67,6 +69,18 @@ def new_generator(device: torch.device) -> torch.Generator:
         device(type='cpu')
     """
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+
+
+class Tuned(NamedTuple):
+    """What a warm-up teaches.
+
+    Attributes:
+        size: of a leapfrog.
+        scale: standard deviations, ``(features,)``.
+    """
+
+    size: float
+    scale: Tensor
 
 
 class EnergySampler(ABC):
@@ -195,26 +209,53 @@ class Chains(EnergySampler):
             return buffer.positions[torch.randint(buffer.size, (n,), device=buffer.positions.device)]
         return model.reference_rows(n, c)
 
-    def run(self, path: Path, y: Tensor) -> Tensor:
+    def run(self, path: PotentialLike, y: Tensor) -> Tensor:
         """Where chains from rows arrive."""
+        state, tuned = self.warm_up(path, y)
+        return self.go_on(path, state, tuned, self.transitions).position
+
+    def warm_up(self, path: PotentialLike, y: Tensor) -> tuple[State, Tuned]:
+        """Where chains from rows are after the warm-up, and what it taught them."""
         step = DualAveraging.around(self.step_size, TARGETS[self.kernel], len(y))
         moments, scale = Moments(y.mean(0)), torch.ones_like(y[0])
         state, everyone = start(y, path), torch.ones(len(y), dtype=torch.bool, device=y.device)
-        for k in range(self.warmup + self.transitions):
-            warm = k < self.warmup
-            fixed = self.kernel == "ula" and not warm
-            size = self.step_size if fixed else step.size if warm else step.final
-            leapfrogs = max(1, min(32, math.ceil(LENGTH * (0.5 + halton(k + 1)) / size))) if self.kernel == "hmc" else 1
-            draw = Step(y.new_tensor(size), scale, torch.randn_like(y), torch.rand_like(y[:, 0]).log(), leapfrogs)
-            move = hamiltonian if self.kernel == "hmc" else langevin if fixed else mala
-            state, info = move(state, path, draw)
-            if warm:
-                step.update(harmonic_mean(info.acceptance, everyone))
-                moments.update(state.position)
-                if k in (self.warmup // 4, self.warmup // 2, 3 * self.warmup // 4):
-                    scale = scale if self.kernel == "ula" else moments.scale()
-                    moments.restart()
-        return state.position
+        for k in range(self.warmup):
+            state, info = self._move(state, path, self._draw(y, Tuned(step.size, scale), k), adjusted=True)
+            step.update(harmonic_mean(info.acceptance, everyone))
+            moments.update(state.position)
+            if k in (self.warmup // 4, self.warmup // 2, 3 * self.warmup // 4):
+                scale = scale if self.kernel == "ula" else moments.scale()
+                moments.restart()
+        return state, Tuned(self.step_size if self.kernel == "ula" else step.final, scale)
+
+    def go_on(
+        self, path: PotentialLike, state: State, tuned: Tuned, transitions: int, record: Record | None = None
+    ) -> State:
+        """Where chains are after so many transitions of a fixed kernel.
+
+        Arguments:
+            path: the target.
+            state: where they are.
+            tuned: step size and scale.
+            transitions: how many.
+            record: told of every transition: the state after it, what happened in it, and the step.
+        """
+        for k in range(transitions):
+            draw = self._draw(state.position, tuned, self.warmup + k)
+            state, info = self._move(state, path, draw, adjusted=self.kernel != "ula")
+            if record is not None:
+                record(state, info, draw)
+        return state
+
+    def _draw(self, y: Tensor, tuned: Tuned, k: int) -> Step:
+        size, leapfrogs = tuned.size, 1
+        if self.kernel == "hmc":
+            leapfrogs = max(1, min(32, math.ceil(LENGTH * (0.5 + halton(k + 1)) / size)))
+        return Step(y.new_tensor(size), tuned.scale, torch.randn_like(y), torch.rand_like(y[:, 0]).log(), leapfrogs)
+
+    def _move(self, state: State, path: PotentialLike, draw: Step, adjusted: bool) -> tuple[State, Info]:
+        move = hamiltonian if self.kernel == "hmc" else mala if adjusted else langevin
+        return move(state, path, draw)
 
 
 SAMPLERS: dict[str, type[EnergySampler]] = {"annealed": Annealed, "chains": Chains}
