@@ -479,6 +479,35 @@ def student(name: str, *, context: int = 0, calls: int = 1, support: constraints
     return Law(name, build, context=context, **facts)
 
 
+def energy(
+    name: str,
+    *,
+    features: int = 2,
+    context: int = 0,
+    base: Law | None = None,
+    support: constraints.Constraint | None = None,
+    facts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Law:
+    """A row of ``gm.Energy`` whose network is moved by standard normal draws, over a base of another row."""
+
+    def build() -> gm.Energy:
+        tilted = {} if base is None else {"base": base.build()}
+        model = gm.Energy(
+            None if tilted else features, context, hidden_features=(8,), support=support, **tilted, **kwargs
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    promised = {"support": support or REAL, "event_shape": (features,), "networks": ("network",), "opened": True}
+    promised |= {"density": gm.Density.UNNORMALIZED, "transport": False, "chain": True, "costly": True}
+    kwargs.setdefault("sampler", gm.shape.Annealed(16, 8, num_moves=1, max_moves=3))
+    return Law(name, build, context=context, **{**promised, **(facts or {})})
+
+
 def path(
     name: str, *, context: int = 0, posterior: bool = False, facts: dict[str, Any] | None = None, **kwargs: Any
 ) -> Law:
@@ -582,6 +611,7 @@ HEADS: dict[str, tuple[Conditional, dict[str, Any]]] = {
 
 # Laws that read a diffusion's network in another way, and promise less: an energy has no draws of its own, a force no
 # gradient, a guided law no density. They have tests of their own, in test_diffusion.py and test_posterior_samplers.py.
+BRIEF = gm.shape.Chains("mala", warmup=4, transitions=4, least=8)
 READERS = (gm.evolve.EnergyLaw, gm.evolve.ForcedLaw, GuidedLaw)
 
 LAWS: tuple[Law, ...] = (
@@ -731,6 +761,21 @@ LAWS: tuple[Law, ...] = (
     path("path"),
     path("path-linear-context", context=2, method="local_linear"),
     path("path-posterior", posterior=True),
+    energy("energy"),
+    energy("energy-context-positive", context=2, support=constraints.positive, facts={"standardized": True}),
+    energy(
+        "energy-of-flow",
+        base=flow("", F.NSF, roughness=0.1, **SPLINE),
+        objective="nce",
+        sampler=BRIEF,
+    ),
+    energy(
+        "energy-contrastive-context",
+        context=2,
+        objective=gm.shape.Contrastive(transitions=2, buffer_size=64),
+        facts={"core": False},
+    ),
+    energy("energy-levels-context", context=2, objective=gm.shape.Denoising((0.5, 0.1)), facts={"core": False}),
     pushforward("pushforward"),
     pushforward("pushforward-context-positive", context=2, support=constraints.positive, standardized=True),
     pushforward("pushforward-manifold", invertible=True),

@@ -12,6 +12,8 @@ from ..contract import Density
 
 __all__ = ["Normalizer"]
 
+UNKNOWN = -1.0  # standard error of what is not there; NaN would not equal itself in a state
+
 
 class Normalizer(nn.Module):
     r""":math:`\log Z`, or nothing yet.
@@ -31,7 +33,7 @@ class Normalizer(nn.Module):
     def __init__(self, function: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.register_buffer("value", torch.zeros(()))
-        self.register_buffer("standard_error", torch.full((), torch.nan))
+        self.register_buffer("standard_error", torch.full((), UNKNOWN))
         self.function = function
         self.given = function is not None
         if self.given:
@@ -68,7 +70,7 @@ class Normalizer(nn.Module):
             function: :math:`\log Z(c)` of rows of standardised context.
         """
         self.value.fill_(value)
-        self.standard_error.fill_(standard_error)
+        self.standard_error.fill_(UNKNOWN if math.isnan(standard_error) else standard_error)
         self.function, self._known = function, None
         return self
 
@@ -87,7 +89,8 @@ class Normalizer(nn.Module):
     def _error(self) -> float:
         known = self.__dict__.get("_known")
         if known is None:  # read from the device once, not at every density
-            known = self.__dict__["_known"] = float(self.standard_error)
+            error = float(self.standard_error)
+            known = self.__dict__["_known"] = error if error >= 0 else math.nan
         return known
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:

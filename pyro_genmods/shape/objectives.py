@@ -65,7 +65,7 @@ class Objective(ABC):
     def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
         """Loss of rows of data, ``(rows,)``."""
 
-    def tell(self, y: Rows, c: Context | None, level: Tensor | None) -> Context | None:
+    def tell(self, y: Rows, c: Context | None, level: Tensor | None) -> Tensor | None:
         """What the network is told of a context and a level of noise."""
         return c
 
@@ -166,7 +166,7 @@ class Denoising(Objective):
     def told(self) -> int:
         return int(len(self.levels) > 1)
 
-    def tell(self, y: Rows, c: Context | None, level: Tensor | None) -> Context | None:
+    def tell(self, y: Rows, c: Context | None, level: Tensor | None) -> Tensor | None:
         if not self.told:
             return c
         column = y.new_full((len(y), 1), self.levels[-1]) if level is None else level
