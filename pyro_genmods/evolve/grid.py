@@ -6,6 +6,9 @@ that a grid of any number of steps is read off it. Before anything is known, :ma
 Calibration measures the local error :math:`e_j` of one step of the classical Runge-Kutta method against two of half the
 length, in each of many cells, along solutions. An error of order five is equal in all steps where their density is
 proportional to :math:`e_j^{1/5} / h_j`; the new grid has that density.
+
+The grid of a schedule is stretched or squeezed in the cube root where it passes the ends of the model, whose network
+knows no angle beyond them, and steps of no length would divide by zero.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..foundation.causal import transformed
 from ..foundation.runge_kutta import RUNGE_KUTTA, Field, runge_kutta_step
+from .schedule import Schedule
+from .schedule_check import check_times
 
-__all__ = ["angles_of", "even_knots", "refined_knots"]
+__all__ = ["angles_of", "even_knots", "refined_knots", "scheduled_angles"]
 
 KNOTS = 129
 FLOOR = 1e-6  # of a cell's error, in units of the largest
@@ -49,6 +55,33 @@ def angles_of(knots: Tensor, steps: int) -> Tensor:
     place = torch.arange(steps + 1, dtype=knots.dtype, device=knots.device) * (cells / steps)
     left = place.floor().clamp_max(cells - 1).long()
     return torch.lerp(knots[left], knots[left + 1], place - left)
+
+
+def scheduled_angles(schedule: Schedule, steps: int, ends: tuple[float, float], knots: Tensor) -> Tensor:
+    """The angles of a schedule's times, decreasing, ``(steps + 1,)``, from the last knot to the first.
+
+    Arguments:
+        schedule: whose times.
+        steps: how many.
+        ends: least and largest angle that the network knows, the first and the last knot.
+        knots: of the model's own grid.
+
+    Raises:
+        ValueError: the times do not go down from noise to data; not looked at under transforms and tracers.
+
+    Example:
+        >>> from pyro_genmods.evolve import EDM
+        >>> angles = scheduled_angles(EDM(), 32, (0.05, 1.5), even_knots(0.05, 1.5))    # some would be below 0.05
+        >>> bool((angles.diff() < 0).all()), float(angles[0]), float(angles[-1])
+        (True, 1.5, 0.05)
+    """
+    if not transformed():
+        check_times(schedule, steps)
+    roots = schedule.angles(steps).to(torch.float64) ** (1 / 3)
+    bottom, top = (end ** (1 / 3) for end in ends)
+    high, low = roots[0].clamp_max(top), roots[-1].clamp_min(bottom)
+    inside = (low + (roots[1:-1] - roots[-1]) * ((high - low) / (roots[0] - roots[-1]))) ** 3
+    return torch.cat([knots[-1:], inside.to(knots), knots[:1]])
 
 
 def refined_knots(field: Field, state: Tensor, context: Tensor | None, knots: Tensor, cells: int = 64) -> Tensor:

@@ -31,12 +31,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pyro.distributions import Normal
 from torch import Tensor
+
+from .schedule_check import check_schedule
 
 __all__ = ["EDM", "VE", "VP", "Angle", "Cosine", "Rectified", "Schedule", "SubVP"]
 
-LARGEST_START = 0.1  # of sigma / alpha, that still is data
-LEAST_END = 1.0  # of sigma / alpha, that may be taken for noise
 BISECTIONS = 60
 
 
@@ -103,8 +104,23 @@ class Schedule(ABC):
         r""":math:`r_t`, the standard deviation at time :math:`t` of what is white at time 0."""
         return torch.hypot(self.alpha(t), self.sigma(t))
 
+    @property
+    def base(self) -> Normal:
+        r"""The base, :math:`\mathcal N(0, r_T^2)`: the law of each coordinate at the last time :math:`T`.
+
+        It is exact for white Gaussian data, and for others as far as :math:`\alpha_T` is small. Samplers begin there.
+
+        Example:
+            >>> VP().base.scale.round(decimals=4), EDM().base.scale.round(decimals=4)       # 1, (1 + 80^2)^(1/2)
+            (tensor(1., dtype=torch.float64), tensor(80.0062, dtype=torch.float64))
+            >>> VE().base.expand([3]).to_event(1).sample().shape
+            torch.Size([3])
+        """
+        scale = self.scale(torch.tensor(self.ends[1], dtype=torch.float64))
+        return Normal(torch.zeros_like(scale), scale)
+
     def times(self, steps: int) -> Tensor:
-        """Times at which the literature samples, ``(steps + 1,)``, from noise to data."""
+        """Times at which the literature samples, ``(steps + 1,)``, from noise to data: decreasing, end to end."""
         return torch.linspace(self.ends[1], self.ends[0], steps + 1, dtype=torch.float64)
 
     def angles(self, steps: int) -> Tensor:
@@ -116,28 +132,9 @@ class Schedule(ABC):
 
         Raises:
             ValueError: noise in proportion to data is not small at the first time, not large at the last, or does not
-                grow in between; or numbers are not finite.
+                grow in between; numbers are not finite; or the grid of times does not go down from last to first.
         """
-        name = type(self).__name__
-        low, high = self.ends
-        if not 0 <= low < high < math.inf:
-            raise ValueError(f"schedule: {name}.ends is {self.ends}, needs 0 <= first < last.")
-        t = torch.linspace(low, high, 257, dtype=torch.float64)
-        ratio = self.sigma(t) / self.alpha(t)  # may be infinite at the last time
-        if not bool(ratio[:-1].isfinite().all()) or bool(ratio[-1].isnan()) or not bool((ratio.diff() > 0).all()):
-            raise ValueError(
-                f"schedule: sigma/alpha of {name} is not finite and increasing in time; check alpha() and sigma()."
-            )
-        if float(ratio[0]) > LARGEST_START:
-            raise ValueError(
-                f"schedule: {name} starts with sigma/alpha = {float(ratio[0]):.3g} at t = {low}, needs at most "
-                f"{LARGEST_START}: data must be nearly free of noise at the first time."
-            )
-        if float(ratio[-1]) < LEAST_END:
-            raise ValueError(
-                f"schedule: {name} ends with sigma/alpha = {float(ratio[-1]):.3g} at t = {high}, needs at least "
-                f"{LEAST_END:g}: little but noise may be left at the last time."
-            )
+        check_schedule(self)
 
 
 @dataclass(frozen=True)
