@@ -75,6 +75,8 @@ class Mechanism(nn.Module, ABC):
 
     Attributes:
         density: how honest :meth:`log_prob_rows` is.
+        acceptable: whether chains may accept and reject by the density: not where it is estimated with frozen probes,
+            which make a law of their own, and the user has not said that this law is wanted.
         has_rsample: whether draws carry pathwise gradients.
         value_dtype: dtype of values where it is not that of the parameters (tokens are ``torch.int64``).
         loss_unit: unit of ``loss``, for bars and plots: nats, or ``"sd"`` where it is a distance between standardised
@@ -90,6 +92,7 @@ class Mechanism(nn.Module, ABC):
     """
 
     density: ClassVar[Density]
+    acceptable: bool = True
     has_rsample: bool = True
     value_dtype: torch.dtype | None = None
     loss_unit: ClassVar[str] = "nats"

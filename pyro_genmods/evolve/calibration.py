@@ -64,7 +64,7 @@ def score_level(model: Any, x: Tensor | None, context: Tensor | None) -> tuple[f
         -1 where it is not known.
     """
     if model.features > MANY:
-        return USUAL_LEVEL, -1.0
+        return max(USUAL_LEVEL, model.sigma_min), -1.0
     y, c = _rows(model, x, context)
     y, c = y[:32], None if c is None else c[:32]
     with torch.enable_grad():
@@ -72,9 +72,10 @@ def score_level(model: Any, x: Tensor | None, context: Tensor | None) -> tuple[f
         (exact,) = torch.autograd.grad(model.log_prob_rows(leaf, c).sum(), leaf)
     size = exact.square().mean()
     with torch.no_grad():
-        errors = [float((model.score_rows(y, c, level) - exact).square().mean() / size) for level in LEVELS]
-    best = min(range(len(LEVELS)), key=lambda k: math.inf if math.isnan(errors[k]) else errors[k])
-    return LEVELS[best], math.sqrt(errors[best])
+        levels = [level for level in LEVELS if level >= model.sigma_min]
+        errors = [float((model.score_rows(y, c, level) - exact).square().mean() / size) for level in levels]
+    best = min(range(len(levels)), key=lambda k: math.inf if math.isnan(errors[k]) else errors[k])
+    return levels[best], math.sqrt(errors[best])
 
 
 def _large(model: Any) -> bool:

@@ -53,7 +53,7 @@ from .calibration import calibrated, score_level
 from .denoiser import SINGULAR, NetworkDenoiser
 from .energy import EnergyLaw
 from .forced import ForcedLaw
-from .grid import angles_of, even_knots
+from .grid import angles_of, even_knots, scheduled_angles
 from .law import DiffusionDistribution
 from .network import check_network, check_options, check_rows_apart, default_network, is_image
 from .sampled import SampledLaw
@@ -91,6 +91,8 @@ class Diffusion(GenerativeModel):
             without it too, for classifier-free guidance.
         trace: of the density: ``"exact"``, ``"hutchinson"`` with frozen probes, or ``"auto"``: exact up to 64 features
             that are no image, and where the network knows its divergence.
+        estimated: let chains accept and reject by a density with frozen probes. They then sample the law of these
+            probes, not that of the flow; without it they refuse.
         solver: of the probability flow, ``RK4(steps)``, ``Heun`` or ``Euler``; by default ``RK4``, with as many steps
             as :meth:`calibrate` finds necessary, which ``fit`` runs at its end.
 
@@ -128,6 +130,7 @@ class Diffusion(GenerativeModel):
         likelihood_weighting: bool = False,
         context_dropout: float = 0.0,
         trace: Literal["auto", "exact", "hutchinson"] = "auto",
+        estimated: bool = False,
         solver: FixedStep | None = None,
     ) -> None:
         check_options(parameterization, whiten, trace, sigma_min, noise_levels)
@@ -144,7 +147,7 @@ class Diffusion(GenerativeModel):
             raise ShapeError(
                 f"event_shape {tuple(shape)} on {support} has {self.features} coordinates, features is {features}."
             )
-        self.schedule = Angle(sigma_min) if schedule is None else schedule
+        self.schedule = Angle(math.atan(sigma_min)) if schedule is None else schedule
         self.schedule.check()
         inner = self.coordinates.unconstrained_shape
         usual = "common" if is_image(inner) else "full" if self.features <= MOST_WHITE else "diagonal"
@@ -157,15 +160,15 @@ class Diffusion(GenerativeModel):
         check_rows_apart(self.network, self.features, told)
         few = self.features <= MOST_EXACT and not is_image(inner)
         exact = trace == "exact" or (trace == "auto" and (few or self._knows_divergence))
-        self.density = Density.EXACT if exact else Density.ESTIMATE
+        self.density, self.acceptable = Density.EXACT if exact else Density.ESTIMATE, exact or estimated
         self.whitening = Whitening(self.features)
         self.coordinates.common = self.whiten == "common"
         self.bottom = math.atan(sigma_min)
         self.top = SINGULAR_TOP if parameterization in SINGULAR else math.pi / 2
         self.register_buffer("probes", rademacher(1, self.features))
         self.register_buffer("knots", even_knots(self.bottom, self.top))
-        self.register_buffer("calibration", torch.tensor([16.0, -1.0, 0.05, -1.0]))
-        self._steps, self._level, self._given = 16, 0.05, solver
+        self.register_buffer("calibration", torch.tensor([16.0, -1.0, max(0.05, sigma_min), -1.0]))
+        self._steps, self._level, self._given = 16, max(0.05, sigma_min), solver
         self.to(*reversed(place_of(self.network)))
 
     def forward(self, context: Tensor | None = None) -> DiffusionDistribution:
@@ -329,10 +332,7 @@ class Diffusion(GenerativeModel):
         """A decreasing grid of angles ``(steps + 1,)`` from noise to data, the model's own or a schedule's."""
         if schedule is None:
             return angles_of(self.knots, steps).flip(0)
-        angles = schedule.angles(steps).to(self.knots)
-        inside = angles[1:-1].clamp(self.bottom, self.top)
-        ends = self.knots[-1:], self.knots[:1]
-        return torch.cat([ends[0], inside, ends[1]])
+        return scheduled_angles(schedule, steps, (self.bottom, self.top), self.knots)
 
     # -- row functions -------------------------------------------------------------------------------------------
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..contract import Cost, Density, GenerativeModel
+from ..contract import Cost, GenerativeModel
 from ..foundation.errors import DensityError
 from ..foundation.forces import with_force
 from ..foundation.shapes import Context, Noise, Rows, Values
+from .network import check_level
 
 __all__ = ["ForcedLaw"]
 
@@ -32,6 +33,7 @@ class ForcedLaw(GenerativeModel):
     Raises:
         TypeError: not a diffusion.
         DensityError: an estimated density, not accepted.
+        ValueError: a level below the model's least.
 
     Example:
         >>> import torch, pyro_genmods as gm
@@ -45,7 +47,8 @@ class ForcedLaw(GenerativeModel):
     def __init__(self, diffusion: GenerativeModel, level: float | None = None, estimated: bool = False) -> None:
         if not hasattr(diffusion, "score_rows"):
             raise TypeError(f"diffusion: got {type(diffusion).__name__}, needs a Diffusion.")
-        if diffusion.density is Density.ESTIMATE and not estimated:
+        check_level(level, diffusion.sigma_min)
+        if not (diffusion.acceptable or estimated):
             raise DensityError(
                 "with_score_force: the divergence is estimated, and an accept test with it samples another law than "
                 "the flow's. Use noise space (sampled_by), trace='exact', or say estimated=True."

@@ -19,7 +19,6 @@ Reference:
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ..foundation.errors import SamplingError
 from .grid import angles_of, even_knots
 from .law import DiffusionDistribution
 from .likelihood import LogLikelihood, WhiteLikelihood
+from .lost import carried
 from .posterior import Posterior
 from .samplers import Ancestral
 from .twisted import one_law, rows_of_context
@@ -62,6 +62,8 @@ class SplitGibbs:
     Raises:
         ModelError: the likelihood has no gradient.
         SamplingError: it is NaN, or zero for a datum of the prior whatever the chain.
+        IntegrationError: the network is NaN or infinite, whether or not torch's validation is on; step and rows are
+            named.
 
     Example:
         >>> import torch, pyro_genmods as gm
@@ -180,7 +182,5 @@ class SplitGibbs:
 
     def _reverse(self, u: Tensor, c: Tensor | None, angles: Tensor) -> Tensor:
         chain = Ancestral(self.reverse_steps)
-        for t, s in pairwise(angles):
-            mean, sd = chain.step(self._model.denoiser, u, c, t, s)
-            u = torch.addcmul(mean, torch.randn_like(mean), sd)
-        return u / math.cos(self._model.bottom)
+        end = carried(chain, self._model.denoiser, (u, c), angles, lambda: torch.randn_like(u), strict=True)
+        return end / math.cos(self._model.bottom)

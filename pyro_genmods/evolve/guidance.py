@@ -36,7 +36,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from ..foundation.shapes import Rows, Values
 from .conditioning import conditioned, conditioned_diagonal
 from .denoiser import NOISE_ONLY, Denoiser
 from .likelihood import LogLikelihood, WhiteLikelihood
+from .lost import LostRowsError
 from .sampled import SampledLaw
 from .samplers import Ancestral, Sampler
 
@@ -96,7 +97,10 @@ class Guided(Denoiser):
 
     @torch.no_grad()
     def denoised(self, t: Tensor, u: Tensor, c: Tensor | None) -> Tensor:
-        return self.guidance.look(self.inner, self.likelihood, t, u, c).guided
+        try:
+            return self.guidance.look(self.inner, self.likelihood, t, u, c).guided
+        except LostRowsError as error:
+            raise LostRowsError(error.lost, t) from None
 
     @torch.no_grad()
     def velocity(self, t: Tensor, u: Tensor, c: Tensor | None) -> Tensor:
@@ -256,12 +260,9 @@ class GuidedLaw(SampledLaw):
         super().__init__(diffusion, sampler)
         self.denoiser, self.has_rsample = denoiser, False
 
-    def _run(self, u: Tensor, c: Tensor | None, draw: Any) -> Rows:
-        model, sampler = self.diffusion, self.sampler
-        angles, told = model.angles(sampler.steps, getattr(sampler, "schedule", None)), model.told(c)
-        if isinstance(sampler, FixedStep):
-            return model.coloured(model._solve(self.denoiser.velocity, u, told, angles, sampler))
-        return model.coloured(sampler.run(self.denoiser, u, told, angles, draw))
+    @property
+    def _asked(self) -> Denoiser:
+        return self.denoiser
 
 
 def guided(
@@ -282,6 +283,8 @@ def guided(
     Raises:
         ModelError: a likelihood without the derivatives that the guidance takes, or a model that does not know the law
             without its context.
+        IntegrationError: when it draws, rows that the network makes NaN or infinite, for which there is no likelihood;
+            step and rows are named.
 
     Example:
         >>> import torch, pyro_genmods as gm

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from ..distribution import GenerativeDistribution
+from ..foundation.causal import transformed
+from ..foundation.errors import SupportError
 from ..foundation.ode import FixedStep
+from .lost import refuse_lost
+from .network import check_level
 from .samplers import Sampler
 from .steps import Steps
 
@@ -52,16 +57,35 @@ class DiffusionDistribution(GenerativeDistribution):
 
         Arguments:
             x: ``(*lead, *event_shape)``.
-            level: noise, in white standard deviations.
+            level: noise, in white standard deviations, at least the model's ``sigma_min``.
+
+        Returns:
+            The gradient; NaN where validation is off and ``x`` is NaN, infinite or outside the support.
+
+        Raises:
+            SupportError: with validation on, a value that is NaN, infinite or outside the support.
+            ValueError: a level below the model's least.
+            IntegrationError: with validation on, a network that is NaN or infinite there.
         """
+        check_level(level, self.model.sigma_min)
+        strict = bool(self._validate_args) and not transformed()
+        if strict and not self._check_value(x):
+            raise SupportError(
+                f"value: {int(x.isinf().sum())} of its entries are infinite, and {self} has no score there; "
+                "correct the data."
+            )
         lead, rows, c = self._rows(x, self.event_shape)
         model = self.model
         with torch.enable_grad():
             leaf = rows.detach().requires_grad_()
             y, volume = model.coordinates.pull(leaf)
             score = model.score_rows(y.detach(), c, level)
-            total = (y * score).sum() + (volume.sum() if isinstance(volume, Tensor) else 0.0)
-            (gradient,) = torch.autograd.grad(total, leaf, create_graph=torch.is_grad_enabled() and score.requires_grad)
+            (gradient,) = torch.autograd.grad(
+                (y * score).sum() + volume.sum(), leaf, create_graph=torch.is_grad_enabled() and score.requires_grad
+            )
+        inside = volume.detach().isfinite().reshape((-1,) + (1,) * len(self.event_shape))
+        gradient = torch.where(inside, gradient, torch.nan)
+        refuse_lost(gradient, math.atan(level or model.score_level), strict)
         shape = torch.broadcast_shapes(lead, self.batch_shape) + self.event_shape
         return gradient.reshape(lead + self.event_shape).expand(shape)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..foundation.errors import ModelError, SamplingError, ShapeError
 from ..foundation.shapes import Rows, Values
+from .lost import LostRowsError
 
 __all__ = ["LogLikelihood", "Quadratic", "WhiteLikelihood", "root"]
 
@@ -72,18 +73,27 @@ class WhiteLikelihood:
         Raises:
             ShapeError: not one number a row.
             SamplingError: NaN, or plus infinity.
+            IntegrationError: rows that are not finite themselves, which is not the likelihood's fault.
         """
-        values = self.log_likelihood(self.events(w))
+        lost = ~w.detach().isfinite().all(-1)
+        try:
+            values = self.log_likelihood(self.events(w))
+        except Exception as error:
+            if bool(lost.any()):  # it was asked for what nobody can answer
+                raise LostRowsError(lost) from error
+            raise
         if not isinstance(values, Tensor) or values.shape != (len(w),):
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise ShapeError(
                 f"log_likelihood: got {got} for {len(w)} events of shape {tuple(self.diffusion.event_shape)}, needs "
                 f"one number an event, ({len(w)},); sum over everything but the first dimension."
             )
-        wrong = values.detach().isnan() | (values.detach() == math.inf)
+        wrong = lost | values.detach().isnan() | (values.detach() == math.inf)
         if not strict:
             return torch.where(wrong, -torch.inf, values)
         if bool(wrong.any()):
+            if bool(lost.any()):
+                raise LostRowsError(lost)
             first = self.events(w.detach())[wrong][0].flatten()[:8].tolist()
             raise SamplingError(
                 f"log_likelihood: is NaN or infinite for {int(wrong.sum())} of {len(w)} events, the first of them "

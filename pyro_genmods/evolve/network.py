@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ..foundation.unet import UNet
 from .denoiser import PARAMETERIZATIONS
 from .energy import ScalarNetwork
 
-__all__ = ["check_network", "check_options", "check_rows_apart", "default_network", "is_image"]
+__all__ = ["check_level", "check_network", "check_options", "check_rows_apart", "default_network", "is_image"]
 
 SMALLEST_IMAGE = 8
 
@@ -115,3 +117,16 @@ def check_options(
         raise ValueError(f"sigma_min: got {sigma_min}, needs a number above 0 and at most 0.1 white deviations.")
     if len(levels) != 2 or not levels[1] > 0:
         raise ValueError(f"noise_levels: got {levels}, needs a mean and a positive standard deviation.")
+
+
+def check_level(level: float | None, sigma_min: float) -> None:
+    """Refuse a level of noise that the network was never asked about; ``None`` is the calibrated one.
+
+    Raises:
+        ValueError: it is below the least, infinite or NaN.
+    """
+    if level is not None and not sigma_min <= level < math.inf:
+        raise ValueError(
+            f"level: got {level}, needs a finite number of white standard deviations, at least the model's sigma_min, "
+            f"{sigma_min}; leave it out for the calibrated one."
+        )

@@ -16,6 +16,8 @@ from ..contract import Cost, Density, GenerativeModel
 from ..foundation.errors import DensityError
 from ..foundation.ode import FixedStep
 from ..foundation.shapes import Context, Rows
+from .denoiser import Denoiser
+from .lost import LostRowsError, carried
 from .samplers import Sampler
 
 __all__ = ["SampledLaw"]
@@ -27,6 +29,11 @@ class SampledLaw(GenerativeModel):
     Arguments:
         diffusion: a :class:`~pyro_genmods.Diffusion`; the network is shared, not copied.
         sampler: a :class:`~pyro_genmods.evolve.samplers.Sampler`, or steps of a solver of the probability flow.
+
+    Raises:
+        TypeError: no diffusion, or no sampler.
+        IntegrationError: when it draws, rows that the network makes NaN or infinite; step and rows are named. Where
+            torch's validation is off, as inside a traced program, they are NaN instead.
 
     Shape:
         noise ``(1 + draws, features)`` where the sampler adds noise on its way, else ``(features,)``.
@@ -54,6 +61,11 @@ class SampledLaw(GenerativeModel):
         self.coordinates = diffusion.coordinates
         self.context_standardization = diffusion.context_standardization
         self.has_rsample = getattr(sampler, "differentiable", True)
+
+    @property
+    def _asked(self) -> Denoiser:
+        """Whom the sampler asks."""
+        return self.diffusion.denoiser
 
     @property
     def cost(self) -> Cost:
@@ -86,7 +98,10 @@ class SampledLaw(GenerativeModel):
 
     def _run(self, u: Tensor, c: Tensor | None, draw: Any) -> Rows:
         model, sampler = self.diffusion, self.sampler
-        angles = model.angles(sampler.steps, getattr(sampler, "schedule", None))
-        if isinstance(sampler, FixedStep):
-            return model.coloured(model._solve(model.denoiser.velocity, u, model.told(c), angles, sampler))
-        return model.coloured(sampler.run(model.denoiser, u, model.told(c), angles, draw))
+        angles, told = model.angles(sampler.steps, getattr(sampler, "schedule", None)), model.told(c)
+        if not isinstance(sampler, FixedStep):
+            return model.coloured(carried(sampler, self._asked, (u, told), angles, draw))
+        try:
+            return model.coloured(model._solve(self._asked.velocity, u, told, angles, sampler))
+        except LostRowsError as error:  # a guided denoiser
+            raise error.during(int((angles >= error.angle).sum()), sampler.steps) from None

@@ -11,9 +11,9 @@ One angle drawn at random gives an unbiased estimate by *one* call, where the lo
 and its adjoint. It is exact for an exact network, and else the divergence from the law of the reverse stochastic
 equation, an upper bound of that from its marginal. Angles are drawn where the integrand of such a :math:`q` is largest.
 
-The divergence is registered with ``torch.distributions.kl``, so that ``TraceMeanField_ELBO`` finds it by itself. (Pyro
-evaluates the log density of every site of a trace all the same, without using it; the solution of the equation is not
-saved there, its gradient is.)
+The divergence is registered with ``torch.distributions.kl``, so that ``TraceMeanField_ELBO`` finds it by itself. Pyro's
+own evaluates the log density of every site of a trace all the same, without using it, by a solution of the equation;
+that of ``pyro_genmods.infer`` does not, and a step then costs one call of the network.
 
 References:
     Y. Song, C. Durkan, I. Murray, S. Ermon, Maximum Likelihood Training of Score-Based Diffusion Models, 2021,
@@ -34,6 +34,7 @@ from torch.distributions.multivariate_normal import MultivariateNormal as TorchM
 from ..contract import GenerativeModel
 from ..foundation.errors import ShapeError
 from .law import DiffusionDistribution
+from .lost import refuse_lost
 
 __all__ = ["score_divergence"]
 
@@ -52,6 +53,10 @@ def score_divergence(mean: Tensor, covariance: Tensor, law: DiffusionDistributio
 
     Returns:
         ``(*batch,)``, in nats.
+
+    Raises:
+        IntegrationError: the network is NaN or infinite, and torch's validation is on; the rows are named, of
+            ``draws * batch``.
 
     Example:
         >>> import pyro_genmods as gm
@@ -76,6 +81,7 @@ def score_divergence(mean: Tensor, covariance: Tensor, law: DiffusionDistributio
     u = a * m + (factor @ noise).squeeze(-1)
     score = -torch.linalg.solve_triangular(factor.mT, noise, upper=True).squeeze(-1)
     gap = -t.tan() * (u + score) - law.model.denoiser.velocity(t, u, law.model.told(c))
+    refuse_lost(gap)
     return (weight * gap.square().sum(-1)).reshape((draws, *batch)).mean(0)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..foundation.causal import transformed
 from ..foundation.errors import ShapeError
 from .denoiser import Denoiser
+from .lost import LostRowsError
 from .samplers import Ancestral
 
 __all__ = ["Step", "Steps"]
@@ -59,6 +61,11 @@ class Steps:
         law: a :class:`~pyro_genmods.evolve.law.DiffusionDistribution`.
         n: number of steps.
 
+    Raises:
+        ValueError: fewer than one step.
+        IntegrationError: at the last step, that particles are NaN or infinite, where the law validates its arguments;
+            the first step at which what was known of the datum was not finite is named.
+
     Example:
         >>> import torch, pyro_genmods as gm
         >>> steps = gm.Diffusion(2)().steps(8).start(100)
@@ -84,6 +91,7 @@ class Steps:
         self._context = self._model.told(c)
         self._u = self._model._noise(shape.numel())
         self._index, self._step = 0, None
+        self._finite: list[Tensor] = []  # of each step so far, whether all data were; read at the end alone
         return self
 
     def __iter__(self) -> Iterator[Step]:
@@ -99,9 +107,19 @@ class Steps:
         with torch.no_grad():
             t = self._angles[self._index]
             datum = self.denoiser.denoised(t, self._u, self._context)
+        self._watch(datum)
         following = self._angles[self._index + 1] if self._index < self._n else None
         self._step = Step(self._index, t, following, self._u, self._context, datum, self._events, self.denoiser)
         return self._step
+
+    def _watch(self, datum: Tensor) -> None:
+        """Keep whether all data are finite; at the last step, refuse those that are not, and name the first step."""
+        if not self._law._validate_args or transformed():
+            return
+        self._finite.append(datum.isfinite().all())
+        if self._index == self._n and not bool(self._finite[-1]):
+            first = next(k for k, finite in enumerate(self._finite) if not bool(finite))
+            raise LostRowsError(~datum.isfinite().all(-1), self._angles[first], min(first + 1, self._n), self._n)
 
     @torch.no_grad()
     def _move(self, step: Step) -> None:

@@ -35,6 +35,7 @@ from ..foundation.resampling import effective_sample_size, systematic
 from .guidance import Guidance, Look, MomentMatching
 from .law import DiffusionDistribution
 from .likelihood import LogLikelihood, WhiteLikelihood
+from .lost import LostRowsError
 from .posterior import Posterior
 from .samplers import Ancestral
 
@@ -61,6 +62,8 @@ class TwistedSMC:
 
     Raises:
         SamplingError: no particle has a likelihood above zero, or it is NaN.
+        IntegrationError: the network is NaN or infinite, whether or not torch's validation is on: nothing else has a
+            likelihood. Step and rows are named.
         ModelError: the likelihood lacks the derivatives that the guidance takes.
 
     Example:
@@ -118,7 +121,7 @@ class TwistedSMC:
         angles = model.angles(self.steps)
         c = rows_of_context(self._law, n)
         u, trace = model._noise(n), []
-        look = self._look(angles[0], u, c)
+        look = self._look(0, angles[0], u, c)
         log_weights = look.log_psi
         with tqdm(total=self.steps, disable=not self.progress_bar, desc="twisted") as bar:
             for index, (t, s) in enumerate(pairwise(angles)):
@@ -131,22 +134,28 @@ class TwistedSMC:
                     2 * sd.double() ** 2
                 )
                 before, u = look.log_psi, moved
-                look = self._look(s, u, c) if index < self.steps - 1 else self._last(u)
+                look = self._look(index + 1, s, u, c) if index < self.steps - 1 else self._last(u)
                 log_weights = log_weights + ratio + look.log_psi - before
                 bar.update()
                 bar.set_postfix(ess=f"{float(trace[-1].mean()):.0f}", log_evidence=f"{_log_mean(log_weights):.2f}")
         return self._posterior(look.datum, log_weights, torch.stack(trace, 1))
 
-    def _look(self, t: Tensor, u: Tensor, c: Tensor | None) -> Look:
+    def _look(self, index: int, t: Tensor, u: Tensor, c: Tensor | None) -> Look:
         """What the guidance sees; where it sees nothing possible, which may come yet, the least that others see."""
-        look = self.guidance.look(self._model.denoiser, self._likelihood, t, u, c)
+        try:
+            look = self.guidance.look(self._model.denoiser, self._likelihood, t, u, c)
+        except LostRowsError as error:
+            raise LostRowsError(error.lost, t, index + 1, self.steps) from None
         known = look.log_psi.isfinite()
         least = look.log_psi[known].min() if bool(known.any()) else look.log_psi.new_zeros(())
         return look._replace(log_psi=torch.where(known, look.log_psi, least).double())
 
     def _last(self, u: Tensor) -> Look:
         white = u / math.cos(self._model.bottom)
-        values = self._likelihood(white).double()
+        try:
+            values = self._likelihood(white).double()
+        except LostRowsError as error:
+            raise error.during(self.steps, self.steps) from None
         if not bool((values > -torch.inf).any()):
             raise SamplingError(
                 f"log_likelihood: is -inf for all {len(values)} particles; the prior hardly reaches the data, or the "

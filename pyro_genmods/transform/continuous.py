@@ -95,6 +95,8 @@ class ContinuousFlow(GenerativeModel):
         network: a velocity of your own, called as ``network(t, y, c)`` with ``t`` ``(rows, 1)``, ``y`` ``(rows,
             features)``, and ``c`` ``(rows, context_features)`` or ``None``; each row must depend on its own row alone.
         probes: number of probes of the estimate.
+        estimated: let chains accept and reject by an estimate. They then sample the law of its frozen probes, not that
+            of the flow; without it they refuse.
         baseline: add the velocity of standard normal data to the network's, which then learns the rest; by default with
             flow matching of independent pairs.
         support, event_shape: where events live, and the shape of one; default ``(features,)``, or what the support
@@ -130,6 +132,7 @@ class ContinuousFlow(GenerativeModel):
         hidden_features: Sequence[int] | None = None,
         network: nn.Module | None = None,
         probes: int = 1,
+        estimated: bool = False,
         baseline: bool | None = None,
         support: constraints.Constraint | None = None,
         event_shape: tuple[int, ...] | None = None,
@@ -154,6 +157,7 @@ class ContinuousFlow(GenerativeModel):
         self.objective, self.trace, self.coupling = objective, trace, coupling
         self.baseline = objective == "flow_matching" and coupling == "independent" if baseline is None else baseline
         self.density = Density.EXACT if trace == "exact" else Density.ESTIMATE
+        self.acceptable = trace == "exact" or estimated
         if network is None:
             network = VectorField(features, context_features, hidden_features)
         check_velocity(network, features, context_features)
