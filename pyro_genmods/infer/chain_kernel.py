@@ -18,6 +18,7 @@ from ..foundation.errors import DensityError, SamplingError, ShapeError
 from .functions import FunctionProgram
 from .potential import Potential, potential
 from .randoms import Stream
+from .sites import refuse_estimates
 from .warmup import WarmUp, descend, find_step_size
 
 __all__ = ["ChainKernel"]
@@ -113,9 +114,12 @@ class ChainKernel(MCMCKernel):
 
         Raises:
             SamplingError: no start with finite energy and gradient was found.
+            DensityError: the density of a site is estimated with frozen probes, and its user has not accepted that.
         """
         self._clear()
-        self.potential = self._find_potential(args, kwargs or {}, initial_params)
+        found = self._find_potential(args, kwargs or {}, initial_params)
+        refuse_estimates(found.program, f"infer.{type(self).__name__}")
+        self.potential = found
         self._samples = num_samples
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         self._launch(self._place(num_chains, initial_params, groups, seed), seed, warmup_steps)

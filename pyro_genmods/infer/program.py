@@ -38,6 +38,7 @@ from ..foundation.errors import ModelError
 from .initialization import anywhere, continuous, init_to_prior
 from .layout import Layout
 from .quiet import Reached, quiet, value_and_grad
+from .sites import check_sites, estimated_sites
 from .supports import check_supports, moved_support
 
 __all__ = ["Program"]
@@ -69,6 +70,7 @@ class Program:
         layout: how latents lie in a row.
         data: the tensors among the arguments.
         place: dtype and device of a row.
+        estimates: sites whose densities are estimates that nobody has accepted, see :mod:`pyro_genmods.infer.sites`.
         road: the road taken. ``why``: why the earlier ones were not.
 
     Raises:
@@ -129,16 +131,8 @@ class Program:
     def _check_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), quiet():
             trace = poutine.trace(InitMessenger(anywhere)(self.model)).get_trace(*args, **kwargs)
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample":
-                continue
-            if site_is_subsample(site):
-                self._check_minibatch(name, site["fn"])
-            elif not site["is_observed"] and site["fn"].support.is_discrete and not site["fn"].has_enumerate_support:
-                raise ModelError(
-                    f"site {name!r}: {type(site['fn']).__name__} is discrete and cannot be summed out by enumeration; "
-                    "observe it, use SVI with score-function gradients, or SMC over its noise."
-                )
+        check_sites(trace)
+        self.estimates = estimated_sites(trace)
         self.plates = {
             frame.name: frame.dim
             for site in trace.nodes.values()
@@ -146,14 +140,6 @@ class Program:
             for frame in site["cond_indep_stack"]
             if frame.vectorized
         }
-
-    @staticmethod
-    def _check_minibatch(name: str, fn: Any) -> None:
-        if fn.subsample_size is not None and fn.subsample_size < fn.size:
-            raise ModelError(
-                f"plate {name!r}: has a minibatch of {fn.subsample_size} of {fn.size}, and a chain on a random density "
-                "samples nothing; remove subsample_size, or use SVI."
-            )
 
     def _pyro_potential(
         self,

@@ -35,6 +35,7 @@ from ..foundation.moves import HamiltonianMoves
 from .initialization import init_to_prior
 from .moves import EllipticalMoves
 from .potential import Potential, potential
+from .sites import refuse_estimates
 
 __all__ = ["SMC", "Stage"]
 
@@ -68,6 +69,7 @@ class SMC:
     Raises:
         ModelError: a prior is improper, or not Gaussian where elliptical moves are wanted.
         SamplingError: no particle of the prior has a finite likelihood.
+        DensityError: the density of a site is estimated with frozen probes, and its user has not accepted that.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -146,6 +148,7 @@ class SMC:
         if self.potential is not None and self.potential.update(args, kwargs):
             return self.potential
         found = potential(self.model, args, kwargs, tempered=True, **self._options)
+        refuse_estimates(found.program, "infer.SMC")
         improper = found.program.improper()
         if improper:
             raise ModelError(
