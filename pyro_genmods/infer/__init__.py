@@ -4,6 +4,7 @@ from .guides import AutoFlow
 from .initialization import init_to_prior
 from .kernels import HMC, MALA, ULA
 from .mcmc import MCMC
+from .mean_field import TraceMeanField_ELBO
 from .potential import Potential, potential
 from .reparam import PushforwardReparam
 from .smc import SMC
@@ -19,6 +20,7 @@ __all__ = [
     "ParallelTempering",
     "Potential",
     "PushforwardReparam",
+    "TraceMeanField_ELBO",
     "init_to_prior",
     "potential",
 ]
