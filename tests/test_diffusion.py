@@ -19,9 +19,10 @@ import pyro_genmods as gm
 from pyro_genmods import evolve
 from pyro_genmods.evolve.grid import even_knots
 from pyro_genmods.foundation.errors import DataError, DensityError, IntegrationError, ShapeError
+from pyro_genmods.foundation.flow_matching import stratified_normal
 from pyro_genmods.foundation.ode import FixedStep
 
-from .statistics import assert_mean
+from .statistics import assert_counts, assert_law, assert_mean, chain_standard_error
 
 DOUBLE = torch.float64
 SCHEDULES = (
@@ -183,9 +184,14 @@ def test_a_gaussian_is_scored_exactly_in_four_calls():
 
 
 @pytest.mark.parametrize(
-    ("make", "draw", "mean", "largest"), [(ring, ring_draws, 2e-4, 2e-3), (lattice, lattice_draws, 1e-3, 0.1)]
+    ("make", "draw", "mean", "largest"), [(ring, ring_draws, 2e-4, 2e-3), (lattice, lattice_draws, 1e-3, 1e-2)]
 )
 def test_a_calibrated_grid_scores_mixtures_in_sixty_four_calls(make, draw, mean, largest):
+    """The largest of four hundred draws.
+
+    The grid knows the rows that it was calibrated on; of a thousand others there may be one that passes nearer to the
+    border between two modes than all of these, and is off by a tenth of a nat.
+    """
     model = make()
     model.calibrate(x=draw(512), tolerance=1.0)
     model.solver = evolve.RK4(16)
@@ -222,10 +228,10 @@ def test_observed_orders_of_convergence():
             order = kind(4).order
             coarse, fine = error(kind(128)), error(kind(256))
             observed = math.log2(coarse / fine)
-            assert observed > order - 0.3, (kind.__name__, observed)
+            least = {evolve.RK4: 3.7, evolve.DPMSolver: 1.7}.get(kind, order - 0.1)  # see test_diffusion_samplers.py
+            assert observed > least, (kind.__name__, observed)
         ddim = math.log2(error(evolve.Ancestral(128, eta=0.0)) / error(evolve.Ancestral(256, eta=0.0)))
         assert 0.8 < ddim < 1.3
-        assert error(evolve.AdamsBashforth(16)) < 0.03 and error(evolve.AdamsBashforth(64)) < 1e-3
 
 
 def test_a_row_alone_is_a_row_in_a_batch():
@@ -235,12 +241,16 @@ def test_a_row_alone_is_a_row_in_a_batch():
     together = model().log_prob(x)
     alone = torch.stack([model().log_prob(row) for row in x])
     assert torch.allclose(together, alone, rtol=1e-12, atol=1e-12)
+    model, x = model.float(), x.float()
+    together = model().log_prob(x)
+    assert torch.allclose(together, torch.stack([model().log_prob(row) for row in x]), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_equal_finite_differences():
     model, x = ring(solver=evolve.RK4(8)), ring_draws(4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: model().log_prob(x), (x,), rtol=1e-5, atol=1e-6)
-    assert torch.autograd.gradcheck(lambda z: model().push(z), (torch.randn(3, 2, dtype=DOUBLE).requires_grad_(),))
+    z = torch.randn(3, 2, dtype=DOUBLE).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model().log_prob(x), (x,), rtol=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda z: model().push(z), (z,), rtol=1e-6, atol=1e-8)
 
 
 def test_an_estimated_divergence_is_repeatable_and_exact_for_gaussians():
@@ -477,6 +487,32 @@ def test_the_divergence_by_one_call_is_unbiased_and_differentiable(make, dim):
     assert bool(mean.grad.isfinite().all())
 
 
+def variances_of_divergences(model: gm.Diffusion, variance: float, rows: int) -> tuple[Tensor, Tensor]:
+    """Of the value, and of the gradient to mean and deviation, by 64 calls: of scores, and of a solution, rows each."""
+    mean = torch.full((rows, model.features), 0.7, dtype=DOUBLE, requires_grad=True)
+    sd = torch.full((rows, model.features), math.sqrt(variance), dtype=DOUBLE, requires_grad=True)
+    q = dist.Normal(mean, sd).to_event(1)
+    x = q.rsample()
+    solved = q.log_prob(x) - smoothed(model, x)  # no error of a solver
+    scored = evolve.score_divergence(mean, torch.diag_embed(sd.square()), model(), draws=64)
+    found = []
+    for value in (scored, solved):
+        gradients = torch.autograd.grad(value.sum(), (mean, sd))
+        found.append(torch.stack([value.detach().var(), *(gradient.var(0).sum() for gradient in gradients)]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("make", "variance", "slopes"), [(ring, 0.5, 0.1), (lattice, 4.0, 0.2)])
+def test_the_divergence_by_scores_varies_ten_times_less(make, variance, slopes):
+    """Than the log ratio by one solution of as many calls, where a Gaussian does not fit into one mode.
+
+    Where it does, the log ratio hardly varies, and of the factor two are left on the lattice for a variance of .1, and
+    nothing for less. Variances of gradients on the lattice are .05, in one of six runs .12, of the log ratio's.
+    """
+    scored, solved = variances_of_divergences(make(), variance, 400)
+    assert bool((scored < torch.tensor([0.1, slopes, slopes]) * solved).all()), scored / solved
+
+
 @pytest.mark.slow
 def test_mean_field_elbo_finds_the_posterior():
     prior, law = gaussian(4.0, 2)
@@ -519,6 +555,7 @@ def gm_mean_field(features: int):
 
 CORRELATED = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=DOUBLE)
 MEAN, VARIANCE, EVIDENCE = torch.tensor([1.376, 1.101]), torch.tensor([0.083, 0.413]), -1.9941
+EXACT_MEAN, EXACT_VARIANCE = torch.tensor([1.5, 1.2]) / 1.09, torch.tensor([0.09, 0.45]) / 1.09
 
 
 def observed(prior: gm.GenerativeModel):
@@ -615,8 +652,17 @@ def test_pyros_nuts_refuses_what_has_a_score_alone_and_takes_noise_space():
     pyro.set_rng_seed(0)
     mcmc = MCMC(NUTS(model), 400, warmup_steps=200, disable_progbar=True)
     mcmc.run()
-    x = push(prior, mcmc.get_samples()["x_base"])
-    assert torch.allclose(x.mean(0).float(), MEAN, atol=0.15)
+    gap = (push(prior, mcmc.get_samples()["x_base"]) - EXACT_MEAN) / EXACT_VARIANCE.sqrt()
+    for draws, truth, name in ((gap, 0.0, "mean"), (gap.square(), 1.0, "variance")):
+        error = chain_standard_error(draws[None])
+        assert error.max() < 0.15, f"standard error of the {name}: {error}, too few draws"
+        assert_mean(draws, torch.full((2,), truth), error, name)
+
+
+def test_pyros_nuts_refuses_a_score_as_force():
+    """It would take an exact density and a gradient that is another's; its own accept test is not known to be one."""
+    with pytest.raises(DensityError, match="accept test"):
+        MCMC(NUTS(observed(correlated().with_score_force())), 5, warmup_steps=5, disable_progbar=True).run()
 
 
 # -- energies ---------------------------------------------------------------------------------------------------------
@@ -658,6 +704,17 @@ def train(model: gm.Diffusion, draw: Callable[[int], Tensor], steps: int, rate: 
         optimizer.step()
         schedule.step()
     return model
+
+
+def test_noise_levels_are_one_in_each_part_of_their_law():
+    z = stratified_normal(500, torch.zeros((), dtype=DOUBLE))
+    assert z.shape == (500, 1) and z.dtype is DOUBLE
+    part = (torch.special.ndtr(z[:, 0]) * 500).floor().long()
+    assert torch.equal(part.sort().values, torch.arange(500))
+    many = torch.stack([stratified_normal(8, z)[:, 0] for _ in range(2000)])
+    assert_law(many[:, [0, 7]], torch.special.ndtr)
+    first = (torch.special.ndtr(many[:, 0]) * 8).long()
+    assert_counts(torch.bincount(first, minlength=8), torch.full((8,), 1 / 8), "places of parts")
 
 
 @pytest.mark.slow
@@ -779,6 +836,24 @@ def test_bad_networks_and_options_are_refused():
         gm.Diffusion()
     with pytest.raises(TypeError, match="sampler"):
         evolve.SampledLaw(gm.Diffusion(2), "euler")
+
+
+class LaterMixing(nn.Module):
+    """A network that mixes the rows of a batch once it has learned to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(()))
+
+    def forward(self, t: Tensor, u: Tensor, c: Tensor | None = None) -> Tensor:
+        return self.share * (u - u.mean(0))
+
+
+def test_a_network_that_learned_to_mix_rows_is_refused_at_the_end_of_the_fit():
+    model = gm.Diffusion(2, network=LaterMixing())
+    x = torch.randn(64, 2)
+    with pytest.raises(ValueError, match="mixes the rows"):
+        gm.fit(model, x, max_epochs=1, seed=0, progress_bar=False)
 
 
 class Wide(nn.Module):
