@@ -39,6 +39,7 @@ from .lost import refuse_lost
 __all__ = ["score_divergence"]
 
 SPREAD = 1.4  # of the logarithm of the noise around that of the guide's own width
+WIDEST = -1.0  # logarithm of the widest guide; a wider one too differs most where the data have their detail
 WIDE = 0.2  # fraction of angles drawn from everywhere
 
 
@@ -93,8 +94,9 @@ def _white(model: GenerativeModel, mean: Tensor, covariance: Tensor) -> tuple[Te
 
 
 def _angles(model: GenerativeModel, variances: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """Angles ``(rows, 1)`` around where the noise is as wide as the law, and cotangents over their densities."""
-    centre = 0.5 * variances.log().mean(-1).repeat(draws)[:, None].clamp(math.log(model.sigma_min), 1.0)
+    """Angles ``(rows, 1)`` around where noise is as wide as the guide, and cotangents over their densities."""
+    centre = 0.5 * variances.log().mean(-1).repeat(draws)[:, None]
+    centre = centre.clamp(math.log(model.sigma_min), WIDEST)
     low, high = math.log(model.sigma_min), math.log(math.tan(min(model.top, math.atan(1e3))))
     rows = len(centre)
     u = (torch.randperm(rows, device=centre.device)[:, None] + torch.rand_like(centre)) / rows
