@@ -43,7 +43,7 @@ OWNERS = {
     "arviz": {"diagnostics"},
     "matplotlib": {"diagnostics"},
     "lightning": {"training"},
-    "tqdm": {"training", "infer", "evolve"},
+    "tqdm": {"training", "infer", "evolve", "shape"},
     "safetensors": {"io"},
     "zarr": {"io"},
     "jaxtyping": {"foundation"},

@@ -74,13 +74,17 @@ def to_inference_data(
     name, and no predictive draws. Random numbers are Pyro's: ``pyro.set_rng_seed`` repeats them. Results are on the
     CPU, the program runs where the draws are.
 
+    Of a mixing report (``pyro_genmods.shape.mixing_report``) ``posterior`` holds the long run as ``x``, and
+    ``sample_stats`` its statistics; both have the verdict, its reason and the main numbers as attributes.
+    ``observed_data`` are the energies of the data, ``constant_data`` those of the short run and the weights of modes.
+
     Discrete latents that were summed out have no draws. Where each datum has its own, in the same plates, its log
     likelihood is the log of the sum. Elsewhere, and where other latents have no draws, what depends on them is left
     out, with a warning that names them.
 
     Arguments:
-        source: an ``MCMC`` of ``pyro_genmods.infer`` or ``pyro.infer`` that has run; a guide after SVI; or a dict of
-            draws by site, ``(chains, draws, *shape)``.
+        source: an ``MCMC`` of ``pyro_genmods.infer`` or ``pyro.infer`` that has run; a guide after SVI; a mixing
+            report of an energy; or a dict of draws by site, ``(chains, draws, *shape)``.
         model: the program; default that of the ``MCMC``. A guide needs it, with draws it can be left out.
         args, kwargs: its arguments; default those of the run of the ``MCMC``.
         log_likelihood, posterior_predictive: whether to make these groups, the largest.
@@ -122,7 +126,7 @@ def to_inference_data(
     groups: dict[str, dict[str, Tensor]] = {"posterior": dict(draws), "sample_stats": dict(found.stats)}
     attrs: dict[str, dict[str, Any]] = {"posterior": dict(found.attrs), "sample_stats": dict(found.attrs)}
     if found.model is None:
-        return assembled(*_labelled(groups, {}, Labels(None, coords, dims, draws)), attrs)
+        return assembled(*_labelled(groups, found.constants, Labels(None, coords, dims, draws)), attrs)
     program = _program(found)
     flat = {name: x.flatten(0, 1) for name, x in draws.items()}
     shape = next(iter(draws.values())).shape[:2]

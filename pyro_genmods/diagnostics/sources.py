@@ -1,8 +1,9 @@
 """What inference left behind: draws, statistics of the sampler, and the program that they belong to.
 
-There are four kinds: chains of ``pyro_genmods.infer.MCMC`` and of ``pyro.infer.MCMC``, a variational guide, and plain
-draws. They are told apart by what they can do, not by their class, so that other people's samplers are welcome:
-chains have ``get_samples`` and a ``kernel``, a guide can be called.
+There are five kinds: chains of ``pyro_genmods.infer.MCMC`` and of ``pyro.infer.MCMC``, a variational guide, the mixing
+report of an energy, and plain draws. They are told apart by what they can do, not by their class, so that other
+people's samplers are welcome: chains have ``get_samples`` and a ``kernel``, a guide can be called, a report has
+``draws`` with ``sample_stats``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Inference:
         stats: statistics of every draw by their ArviZ names, ``(chains, draws)``.
         attrs: what is known of the run as a whole.
         minibatches: indices of the subsampling plates at which the draws were made.
+        constants: what has no chains and draws, by group and name.
         weighted: the draws are of a proposal, whose log density is ``stats["log_q"]``.
     """
 
@@ -44,6 +46,7 @@ class Inference:
     stats: dict[str, Tensor] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
     minibatches: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     weighted: bool = False
 
 
@@ -58,10 +61,13 @@ def read_source(
         return Inference(_tensors(source, group_by_chain), model, args, dict(kwargs or {}))
     if hasattr(source, "get_samples") and hasattr(source, "kernel"):
         return _from_chains(source, model, args, kwargs)
+    if hasattr(source, "draws") and hasattr(source, "sample_stats"):
+        return _from_report(source, model)
     if callable(source):
         return _from_guide(source, model, args, dict(kwargs or {}), num_samples)
     raise TypeError(
-        f"source: got {type(source).__name__}, needs an MCMC that has run, a guide, or a dict of draws by site."
+        f"source: got {type(source).__name__}, needs an MCMC that has run, a guide, a mixing report of an energy, or a "
+        "dict of draws by site."
     )
 
 
@@ -96,6 +102,21 @@ def _stats_of_pyro(source: Any, chains: int, draws: int) -> tuple[dict[str, Tens
     if "acceptance rate" in found:
         attrs["acceptance_rate"] = [float(found["acceptance rate"][name]) for name in names]
     return stats, attrs
+
+
+def _from_report(report: Any, model: Model | None) -> Inference:
+    if model is not None:
+        raise ValueError(
+            "model: got one with a mixing report, whose draws are of a law and of no program; leave it out."
+        )
+    energies = dict(report.energies)
+    constants = {"constant_data": {"short_energy": energies["short"]}}
+    if report.occupancy is not None:
+        constants["constant_data"] |= {"modes": report.modes, "occupancy": report.occupancy}
+    if "data" in energies:
+        constants["observed_data"] = {"energy": energies["data"]}
+    draws, stats = _tensors({"x": report.draws}), dict(report.sample_stats)
+    return Inference(draws, None, (), {}, stats, dict(report.attrs), constants=constants)
 
 
 def _from_guide(

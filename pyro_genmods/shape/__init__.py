@@ -3,6 +3,7 @@
 from .energy import Energy
 from .law import EnergyDistribution
 from .objectives import NCE, Contrastive, Denoising, Hyvarinen, Objective, Recovery, Sliced
+from .report import MixingReport, mixing_report
 from .sampling import Annealed, Chains, EnergySampler
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "EnergyDistribution",
     "EnergySampler",
     "Hyvarinen",
+    "MixingReport",
     "Objective",
     "Recovery",
     "Sliced",
+    "mixing_report",
 ]

@@ -76,6 +76,7 @@ class Energy(GenerativeModel):
         density: ``UNNORMALIZED``, until a normaliser is attached.
         base: the model that is tilted, or ``None``.
         log_normalizer_error: standard error of the attached normaliser, in nats.
+        report: the last :func:`pyro_genmods.shape.mixing_report` of these weights, or ``None``.
 
     Shape:
         events ``event_shape``, contexts ``(context_features,)``.
@@ -98,6 +99,7 @@ class Energy(GenerativeModel):
     """
 
     has_rsample = False
+    report: Any = None
 
     def __init__(
         self,
@@ -208,13 +210,14 @@ class Energy(GenerativeModel):
             self.context_standardization.fit_(context.reshape(len(context), -1))
 
     def after_fit(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Look again for rows that are mixed, and for an energy that does not confine; drop an old normaliser.
+        """Look again for rows that are mixed, and for an energy that does not confine; drop what is no longer true.
 
         Raises:
             DensityError: the energy falls without end in some direction, and no base holds it.
         """
         check_network(self.network, self.features, self._told)
         self.normalizer.forget()
+        self.report = None
         if self.base is None:
             check_confining(self, context)
 

@@ -48,6 +48,13 @@ class EnergyDistribution(GenerativeDistribution):
     """
 
     model: Energy
+    _report: Any = None
+
+    @property
+    def report(self) -> Any:
+        """The last :func:`pyro_genmods.shape.mixing_report` of this law, or ``None``."""
+        known = getattr(self.model, "report", None)
+        return known if self.context is None or known is None else self._report
 
     @property
     def untilted(self) -> TorchDistributionMixin:
