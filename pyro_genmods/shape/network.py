@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Function", "check_confining", "check_curvature", "check_network"]
 
+FLIPS = "It tells chains which flips pay; write the energy with sums and products of the bits in place of comparisons."
+
 
 class Function(nn.Module):
     """A plain function as a network without parameters.
@@ -36,12 +38,13 @@ class Function(nn.Module):
         return self.function(*inputs)
 
 
-def check_network(network: nn.Module, features: int, told: int) -> None:
+def check_network(network: nn.Module, features: int, told: int, binary: bool = False) -> None:
     """Refuse an energy of another shape, without gradient, that is random, or that mixes the rows of a batch.
 
     Arguments:
         network: called as ``network(y)`` or ``network(y, c)``.
         features, told: widths of the two.
+        binary: whether rows are zeros and ones.
 
     Raises:
         ShapeError: it fails, or gives other than one number for each row.
@@ -55,9 +58,9 @@ def check_network(network: nn.Module, features: int, told: int) -> None:
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        inputs = _trial(network, features, told)
+        inputs = _trial(network, features, told, binary)
         value = _called(network, name, inputs)
-        _check_gradient(name, inputs[0], value)
+        _check_gradient(name, inputs[0], value, binary)
         with torch.no_grad():
             again = network(*inputs).reshape(3)
             alone = torch.cat([network(*[x[i : i + 1] for x in inputs]).reshape(1) for i in (0, 1)])
@@ -77,11 +80,12 @@ def check_network(network: nn.Module, features: int, told: int) -> None:
         )
 
 
-def _trial(network: nn.Module, features: int, told: int) -> tuple[Tensor, ...]:
+def _trial(network: nn.Module, features: int, told: int, binary: bool) -> tuple[Tensor, ...]:
     dtype, device = place_of(network)
     generator = torch.Generator().manual_seed(0)
     widths = (features, told) if told else (features,)
-    return tuple(torch.randn(3, width, generator=generator).to(device, dtype) for width in widths)
+    y, *c = (torch.randn(3, width, generator=generator).to(device, dtype) for width in widths)
+    return ((y > 0).to(dtype) if binary else y, *c)
 
 
 def _called(network: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -98,14 +102,14 @@ def _called(network: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> Tensor
     return value.reshape(3)
 
 
-def _check_gradient(name: str, y: Tensor, value: Tensor) -> None:
+def _check_gradient(name: str, y: Tensor, value: Tensor, binary: bool) -> None:
     gradient = None
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value.sum(), y, retain_graph=True, allow_unused=True)
     if gradient is None:
         raise DensityError(
-            f"network: {name} has no gradient with respect to its rows: it rounds, detaches or compares them. Chains "
-            "and scores need one; for discrete events take shape.DiscreteEnergy."
+            f"network: {name} has no gradient with respect to its rows: it rounds, detaches or compares them. "
+            + (FLIPS if binary else "Chains and scores need one; for discrete events take shape.DiscreteEnergy.")
         )
 
 
