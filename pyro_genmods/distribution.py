@@ -66,7 +66,7 @@ class GenerativeDistribution(TorchDistribution):
         if split < 0 or context.shape[split:] != shape:
             raise ShapeError(f"context: got shape {tuple(context.shape)}, {name} needs (*batch, {_dims(shape)}).")
         check_place("context", context, model)
-        return context.shape[:split]
+        return Size(context.shape[:split])  # a tuple where Pyro tracks provenance
 
     # -- facts ---------------------------------------------------------------------------------------------------
 

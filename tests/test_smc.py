@@ -351,7 +351,7 @@ def test_tempering_inside_pyro():
 
 
 def test_a_likelihood_beyond_reach_is_an_error_and_not_a_prior(monkeypatch):
-    monkeypatch.setattr("pyro_genmods.infer.smc.MOST_STAGES", 3)
+    monkeypatch.setattr("pyro_genmods.foundation.annealing.MOST_STAGES", 3)
     with pytest.raises(SamplingError, match="3 stages"):
         gm.infer.SMC(lambda: two_modes(dim=20, distance=8.0), 32, **OPTIONS).run()
 

@@ -35,6 +35,7 @@ from ..contract import Density, GenerativeModel
 from ..foundation.errors import DensityError, ShapeError, SlowDirectionError, SupportError
 from ..foundation.networks import detached_copy
 from .gaussian import START_SCALE, Gaussian, fit_gaussian
+from .intractable import refuse_doubly_intractable
 from .joint import LogJoint
 from .transport import GuideLaw, GuideTransform, TriangularTransform, transported
 
@@ -80,6 +81,7 @@ class AutoFlow(AutoContinuous):
         ShapeError: the flow has another number of features than the model has unconstrained latents, or a context.
         SupportError: the flow does not live on all real vectors.
         ValueError: the flow cannot start at the identity, or is frozen.
+        DoublyIntractableError: at the first call, the unknown constant of an energy depends on a latent.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyro_genmods as gm
@@ -122,6 +124,7 @@ class AutoFlow(AutoContinuous):
     # -- building ------------------------------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        refuse_doubly_intractable(self._model[1], args, kwargs, "infer.AutoFlow")
         super()._setup_prototype(*args, **kwargs)
         start = self._init_loc()
         try:
@@ -280,7 +283,8 @@ class AutoFlow(AutoContinuous):
         """Log importance weights ``log p(x, data) - log q(x)`` of draws of the guide, ``(num_samples,)``, in nats.
 
         Their mean is the ELBO, their log-mean-exp estimates the log evidence, and their Pareto tail index
-        (``diagnostics.psis_khat``) says whether the guide can be trusted. ``args`` and ``kwargs`` are the model's.
+        (``diagnostics.psis_khat``) says whether the guide can be trusted. Where the model has energies without a
+        normaliser, ELBO and evidence lack their constants. ``args`` and ``kwargs`` are the model's.
         """
         posterior = self.get_posterior()
         latent = posterior.sample(Size([num_samples]))

@@ -11,6 +11,10 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..contract import Density
+from .reparam import unwrap
+from .tilt import base_of
+
 __all__ = ["anywhere", "continuous", "init_to_prior"]
 
 
@@ -47,12 +51,23 @@ def continuous(strategy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def anywhere(site: dict[str, Any]) -> Tensor:
-    """A value in the support, also of what cannot be drawn from: a draw, or uniform in unconstrained space."""
+    """A value in the support: a draw, or uniform in unconstrained space where there are none, or only dear ones."""
     fn = site["fn"]
     try:
-        value = fn.sample().detach()
+        value = _quick(fn).sample().detach()
     except NotImplementedError:
         bijection = biject_to(fn.support)
         value = bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
     value._pyro_custom_init = False  # any other will do: a reparameterised site starts as its strategy has it
     return value
+
+
+def _quick(fn: Any) -> Any:
+    """The law, or one on the same support for a law of which draws are ends of chains."""
+    law, wrap = unwrap(fn)
+    if getattr(law, "density", None) is not Density.UNNORMALIZED or law.support.is_discrete:
+        return fn
+    base = base_of(law)
+    if base is None:
+        raise NotImplementedError
+    return wrap(base)

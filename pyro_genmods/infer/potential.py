@@ -38,9 +38,11 @@ from torch.distributions import Transform
 from ..foundation.errors import ModelError, SamplingError, ShapeError
 from .functions import FunctionProgram
 from .fusion import Fused
+from .intractable import refuse_doubly_intractable
 from .layout import Layout
 from .program import Program
 from .quiet import value_and_grad
+from .tilt import untilted
 
 __all__ = ["Potential", "potential"]
 
@@ -69,13 +71,14 @@ def potential(
         level: ``"auto"``, ``"eager"``, ``"graph"`` or ``"compiled"``, see above.
         road: how one chain becomes many: ``"vmap"``, ``"plate"``, ``"loop"``, or ``None`` to find out.
         max_batch: most chains in one evaluation; more are done in turns, with bounded memory.
-        tempered: whether the likelihood has an inverse temperature.
+        tempered: whether the likelihood has an inverse temperature; the tilts of energies are then part of it.
         transforms: maps of sites to unconstrained space, as in Pyro's kernels; default those of the supports.
         max_plate_nesting: number of nested plates, where it cannot be guessed (enumeration).
 
     Raises:
         ModelError: the program cannot be sampled with gradients (minibatches, discrete sites without enumeration,
             branches on latents, randomness that is no site), or a road disagrees with Pyro's own potential.
+        DoublyIntractableError: the unknown constant of an energy depends on a latent.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -90,6 +93,8 @@ def potential(
         >>> energy.constrain(torch.zeros(4, 1))["scale"].shape
         torch.Size([4])
     """
+    refuse_doubly_intractable(model, args, kwargs, "the sampler")
+    model = untilted(model) if tempered else model
     program = Program(model, args, kwargs, transforms=transforms, max_plate_nesting=max_plate_nesting, road=road)
     return Potential(program, level=level, max_batch=max_batch, tempered=tempered)
 

@@ -39,6 +39,7 @@ from .initialization import anywhere, continuous, init_to_prior
 from .layout import Layout
 from .quiet import Reached, quiet, value_and_grad
 from .sites import check_sites, estimated_sites
+from .starts import together
 from .supports import check_supports, moved_support
 
 __all__ = ["Program"]
@@ -359,7 +360,9 @@ class Program:
                 if getattr(strategy, "func", strategy) is init_to_prior:  # others catch errors, functorch's among them
                     return torch.vmap(one, randomness="different")(index)
             except FUNCTORCH_ERRORS:
-                pass
+                rows = together(self, strategy, chains)
+                if rows is not None:
+                    return rows
             return torch.stack([one(i) for i in index])
 
 

@@ -30,7 +30,7 @@ from torch.distributions import Independent
 
 from ..foundation.errors import DensityError, ModelError, SlowDirectionWarning
 
-__all__ = ["PushforwardReparam"]
+__all__ = ["PushforwardReparam", "unwrap"]
 
 
 class PushforwardReparam(Reparam):
@@ -71,7 +71,7 @@ class PushforwardReparam(Reparam):
     def apply(self, msg: dict[str, Any]) -> dict[str, Any]:
         """Replace the site; called by ``pyro.poutine.reparam``."""
         name, fn, value = msg["name"], msg["fn"], msg["value"]
-        law, wrap = _unwrap(fn)
+        law, wrap = unwrap(fn)
         if not (hasattr(law, "base") and hasattr(law, "push")):
             raise TypeError(_not_a_pushforward(name, law))
         base = wrap(law.base)
@@ -109,16 +109,16 @@ class PushforwardReparam(Reparam):
         return {"fn": Delta(value, log_density, event_dim=fn.event_dim), "value": value, "is_observed": True}
 
 
-def _unwrap(fn: TorchDistributionMixin) -> tuple[Any, Callable[[TorchDistributionMixin], TorchDistributionMixin]]:
+def unwrap(fn: TorchDistributionMixin) -> tuple[Any, Callable[[TorchDistributionMixin], TorchDistributionMixin]]:
     """The pushforward inside ``to_event``, ``mask`` and ``expand``, and how to wrap its base the same way."""
     if isinstance(fn, Independent):
-        law, wrap = _unwrap(fn.base_dist)
+        law, wrap = unwrap(fn.base_dist)
         return law, lambda base: wrap(base).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution):
-        law, wrap = _unwrap(fn.base_dist)
+        law, wrap = unwrap(fn.base_dist)
         return law, lambda base: wrap(base).mask(fn._mask)
     if isinstance(fn, ExpandedDistribution):
-        law, wrap = _unwrap(fn.base_dist)
+        law, wrap = unwrap(fn.base_dist)
         return law, lambda base: wrap(base).expand(fn.batch_shape)
     return fn, lambda base: base
 

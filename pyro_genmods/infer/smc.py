@@ -8,6 +8,10 @@ The next inverse temperature is the one at which the weights :math:`p(y \mid x)^
 given fraction of the particles; these are resampled, and moved by kernels that leave :math:`\pi_{k+1}` invariant.
 The product of the mean weights estimates the evidence :math:`p(y)`.
 
+An energy :math:`b(x)\, e^{-E(x)} / Z` among the priors counts as its base :math:`b` with a likelihood
+:math:`e^{-E}`, so that its own modes are bridged too. What is estimated then contains :math:`Z`; it is an evidence only
+if :math:`Z` is known.
+
 Several independent runs are made. Their agreement is the only diagnostic that can see a missed mode, and their scatter
 is the error of the log evidence.
 
@@ -33,6 +37,7 @@ from ..foundation.annealing import Stage, anneal
 from ..foundation.errors import ModelError, SamplingError
 from ..foundation.moves import HamiltonianMoves
 from .initialization import init_to_prior
+from .intractable import missing_in_evidence
 from .moves import EllipticalMoves
 from .potential import Potential, potential
 from .sites import refuse_estimates
@@ -44,7 +49,7 @@ MOVES = {"hmc": HamiltonianMoves, "elliptical": EllipticalMoves}
 
 
 class SMC:
-    """Likelihood-tempered sequential Monte Carlo.
+    r"""Likelihood-tempered sequential Monte Carlo.
 
     Arguments:
         model: a Pyro program with proper priors.
@@ -60,16 +65,20 @@ class SMC:
         level, road, max_batch, transforms, max_plate_nesting: of :func:`pyro_genmods.infer.potential`.
 
     Attributes:
-        log_evidence: logarithm of the mean over runs of the estimates of the evidence, in nats.
+        log_evidence: logarithm of the mean over runs of the estimates of the evidence, in nats; NaN, with a warning,
+            where the unknown constant of an energy is missing.
         log_evidence_error: its standard error, from the scatter of the runs.
         log_evidences: of each run.
+        log_unnormalized_evidence, log_unnormalized_evidences: the same with energies as they are, without their
+            constants. Of a program that is one energy alone this is its :math:`\log Z`.
         stages: of each run, a list of :class:`Stage`.
         agreement: for every latent, how much the runs disagree: R-hat between runs, near 1 where they agree.
 
     Raises:
-        ModelError: a prior is improper, or not Gaussian where elliptical moves are wanted.
+        ModelError: a prior is improper, cannot be drawn from, or is not Gaussian where elliptical moves are wanted.
         SamplingError: no particle of the prior has a finite likelihood.
         DensityError: the density of a site is estimated with frozen probes, and its user has not accepted that.
+        DoublyIntractableError: the unknown constant of an energy depends on a latent.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -141,8 +150,9 @@ class SMC:
             log_evidences.append(log_evidence)
             self.stages.append(stages)
         self._rows, self._energies = torch.stack(rows), torch.stack(energies)
-        self.log_evidences = torch.tensor(log_evidences, dtype=torch.float64)
+        self.log_unnormalized_evidences = torch.tensor(log_evidences, dtype=torch.float64)
         self._judge()
+        self._report_evidence()
 
     def _find_potential(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Potential:
         if self.potential is not None and self.potential.update(args, kwargs):
@@ -155,6 +165,7 @@ class SMC:
                 f"site {improper[0]!r}: its prior is improper, so there is nothing to start from and no evidence; give "
                 "it a proper prior, or use infer.HMC."
             )
+        self._missing = missing_in_evidence(self.model, args, kwargs)
         return found
 
     def _one(self, index: int, seed: int) -> tuple[Tensor, Tensor, float, list[Stage]]:
@@ -184,10 +195,10 @@ class SMC:
             return self.potential.program.start(init_to_prior, self.num_particles)
 
     def _judge(self) -> None:
-        """Evidence with its error, and whether the runs agree."""
-        z, runs = self.log_evidences, len(self.log_evidences)
-        self.log_evidence = float(z.logsumexp(0)) - math.log(runs)
-        relative = (z - self.log_evidence).exp()
+        """What was estimated with its error, and whether the runs agree."""
+        z, runs = self.log_unnormalized_evidences, len(self.log_unnormalized_evidences)
+        self.log_unnormalized_evidence = float(z.logsumexp(0)) - math.log(runs)
+        relative = (z - self.log_unnormalized_evidence).exp()
         self.log_evidence_error = float(relative.std() / math.sqrt(runs)) if runs > 1 else math.nan
         between = self._rows.mean(1).var(0) if runs > 1 else self._rows.new_full(self._rows.shape[2:], math.nan)
         within = self._rows.var(1).mean(0)
@@ -201,6 +212,19 @@ class SMC:
                 "badly known; take more particles or moves.",
                 stacklevel=3,
             )
+
+    def _report_evidence(self) -> None:
+        """An evidence is what was estimated, if no constant is missing."""
+        self.log_evidence, self.log_evidences = self.log_unnormalized_evidence, self.log_unnormalized_evidences
+        if not self._missing:
+            return
+        self.log_evidence, self.log_evidences = math.nan, torch.full_like(self.log_evidences, torch.nan)
+        warnings.warn(
+            f"log_evidence is NaN: the constant of the law of {', '.join(map(repr, self._missing))} is unknown. Attach "
+            "it by shape.normalize(model); without it there is log_unnormalized_evidence, which is log Z itself if the "
+            "program is one energy alone.",
+            stacklevel=3,
+        )
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -248,4 +272,5 @@ class SMC:
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's table, in which runs are chains, and the log evidence."""
         print_summary(self.get_samples(group_by_chain=True), prob=prob)
-        print(f"log evidence {self.log_evidence:.3f} +- {self.log_evidence_error:.3f}")  # noqa: T201
+        name = "log unnormalized evidence" if self._missing else "log evidence"
+        print(f"{name} {self.log_unnormalized_evidence:.3f} +- {self.log_evidence_error:.3f}")  # noqa: T201

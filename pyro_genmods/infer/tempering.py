@@ -9,6 +9,10 @@ even and odd pairs in turn, exchange their positions with probability
 
 .. math:: \min\bigl(1, e^{(\beta_{k+1} - \beta_k)(E_{k+1} - E_k)}\bigr), \qquad E = -\log p(y \mid x) .
 
+Where the prior is an energy :math:`b(x)\, e^{-E(x)}`, its tilt :math:`e^{-E}` is tempered with the likelihood, so that
+the replica at :math:`\beta = 0` crosses between modes of the prior too; one alone is sampled by
+``ParallelTempering(lambda: pyro.sample("x", law))``.
+
 In warm-up every temperature learns its step size and scale, and the ladder is spaced so that all pairs exchange
 equally often, which makes the round trips from prior to posterior shortest. Kept are the replicas at :math:`\beta = 1`.
 
@@ -20,6 +24,7 @@ Reference:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,6 +36,7 @@ from ..foundation.adaptation import DualAveraging, halton, harmonic_mean
 from ..foundation.chains import Info, State, Step, hamiltonian, start
 from ..foundation.errors import ModelError
 from .chain_kernel import ChainKernel
+from .intractable import unknown_constants
 from .potential import Potential
 from .randoms import Stream
 from .warmup import WarmUp, descend
@@ -59,6 +65,7 @@ class ParallelTempering(ChainKernel):
 
     Raises:
         ModelError: a prior is improper.
+        DoublyIntractableError: the unknown constant of an energy depends on a latent.
         TypeError: an option of another kernel; step sizes and scales are learned for every temperature.
 
     Example:
@@ -106,6 +113,14 @@ class ParallelTempering(ChainKernel):
         if improper:
             raise ModelError(
                 f"site {improper[0]!r}: its prior is improper, and the hottest replica needs a proper one."
+            )
+        unknown = unknown_constants(self.model, args, kwargs)
+        whole = [site.name for site in unknown if not (site.observed or site.tilted)]
+        if whole:
+            warnings.warn(
+                f"site {whole[0]!r}: its energy has no base (base=None), so that only the likelihood is tempered and "
+                "modes of the energy stay apart; give it a base (Energy(base='gaussian'), or a fitted flow).",
+                stacklevel=2,
             )
         return found
 
