@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import pareto_smoothed
+from .constants import drop_unknown, has_unknown, refuse_likelihoods
 from .labels import Labels, Variable, assembled
 from .marginal import summed_out
 from .program import FAILURES, Outcome, Program
@@ -80,7 +81,8 @@ def to_inference_data(
 
     Discrete latents that were summed out have no draws. Where each datum has its own, in the same plates, its log
     likelihood is the log of the sum. Elsewhere, and where other latents have no draws, what depends on them is left
-    out, with a warning that names them.
+    out, with a warning that names them. Data under an energy without a normaliser have no log likelihood, and a guide
+    of a model with one no ``elbo``.
 
     Arguments:
         source: an ``MCMC`` of ``pyro_genmods.infer`` or ``pyro.infer`` that has run; a guide after SVI; a mixing
@@ -98,6 +100,7 @@ def to_inference_data(
         TypeError: a source that is none of these, or arguments that are no tuple.
         ValueError: an ``MCMC`` that has not run, a guide without a model, draws of none of the model's latents, or of
             an observed site; a dimension called like a variable; ``dims`` or ``coords`` of something unknown.
+        DensityError: a log likelihood of data whose law has an unknown constant.
         ShapeError: draws without chains, ``dims`` or ``coords`` that do not fit.
 
     Warns:
@@ -128,13 +131,18 @@ def to_inference_data(
     if found.model is None:
         return assembled(*_labelled(groups, found.constants, Labels(None, coords, dims, draws)), attrs)
     program = _program(found)
+    if log_likelihood:
+        refuse_likelihoods(program)
     flat = {name: x.flatten(0, 1) for name, x in draws.items()}
     shape = next(iter(draws.values())).shape[:2]
     scored = summed_out(program, flat) if program.hidden else program.score(flat)
     _warn_of_hidden(program, scored)
     if scored is not None:
         groups |= _scored(groups, scored, program, shape, log_likelihood)
+        drop_unknown(program, flat, groups)
         attrs["sample_stats"] |= _weighed(groups["sample_stats"], scored, found)
+        if has_unknown(program):
+            attrs["sample_stats"].pop("elbo", None)
         if posterior_predictive:
             groups["posterior_predictive"] = _predicted(program, flat, shape)
     if num_prior_samples:

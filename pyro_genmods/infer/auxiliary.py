@@ -60,7 +60,7 @@ class _Licensed(Messenger):
         if not isinstance(msg["fn"], Distribution):
             return
         law, wrap = unwrap(msg["fn"])
-        if getattr(law, "density", None) is Density.UNNORMALIZED and not law.model.allow_unnormalized:
+        if getattr(law, "density", None) is Density.UNNORMALIZED and hasattr(law, "model"):
             law = copy.copy(law)
             law.model = copy.copy(law.model)
             law.model.allow_unnormalized = True
@@ -84,9 +84,14 @@ class EnergySite:
     mask: Tensor | None
 
     @property
-    def draws_itself(self) -> bool:
+    def exact(self) -> bool:
         """Whether the law needs no chain to draw."""
         return self.law.model.cost.sample is not None
+
+    @property
+    def discrete(self) -> bool:
+        """Whether its values are, so that no inner chain of ours can follow gradients."""
+        return bool(self.law.support.is_discrete)
 
     def at(self, context: Tensor) -> Any:
         """The law at contexts ``(chains, *batch, *context_shape)``."""

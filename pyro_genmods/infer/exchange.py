@@ -206,7 +206,7 @@ class Exchange:
     ) -> Tensor:
         """Draws of a law at contexts, of the shape of the site for each chain."""
         law = site.at(context)
-        if site.draws_itself or self.inner is None:
+        if site.exact or site.discrete or self.inner is None:
             return law.sample()
         x = values[site.name] if site.value is None else site.value
         return chains.draw(context, x.expand(law.batch_shape + law.event_shape), warm)
@@ -287,14 +287,14 @@ class Exchange:
             found[name.replace("_", " ")] = {f"chain {i}": rate for i, rate in enumerate(stats[name])}
         found["inner"] = {
             site.name: {
-                "exact": site.draws_itself,
-                "transitions": 0 if site.draws_itself else self.inner,
+                "exact": site.exact,
+                "transitions": 0 if site.exact else None if site.discrete else self.inner,
                 "acceptance": chains.acceptance,
                 "gradients": chains.gradients,
             }
             for site, chains in zip(self._sites, self._chains, strict=True)
         }
-        found["exact"] = all(site.draws_itself for site in self._sites)
+        found["exact"] = all(site.exact for site in self._sites)
         return found
 
     def summary(self, prob: float = 0.9) -> None:
