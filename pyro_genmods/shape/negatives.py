@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["Langevin", "ReplayBuffer"]
 
 TARGET, RATE = 0.574, 0.1  # acceptance of the best Langevin step, and how fast a step size follows it
+SPREAD = 0.2  # the least of the factors by which step sizes differ, so that chains in narrow places move too
+LEAST = 0.02  # acceptance that a chain counts for, at least
 
 
 @dataclass(frozen=True)
 class Langevin:
     """Short Langevin chains.
 
+    A batch holds chains in wide places and in narrow ones, at many contexts, while the energy changes under them. Each
+    adjusted step therefore has a size of its own, a random fraction of the common one, which follows the *harmonic*
+    mean of the acceptance: a chain that is stuck is a negative that never moves, and an energy that runs away from it.
+
     Arguments:
         transitions: how many.
         kernel: ``"mala"`` or ``"ula"``.
-        step_size: of a leapfrog, at first.
+        step_size: of a leapfrog, at first; the largest of them, with an accept test.
         temperature: of the law that the chains draw from.
 
     Example:
@@ -37,12 +43,12 @@ class Langevin:
     """
 
     transitions: int
-    kernel: Literal["mala", "ula"] = "mala"
+    kernel: str = "mala"
     step_size: float = 0.2
     temperature: float = 1.0
 
     def run(self, energy: Callable[[Tensor], Tensor], y: Rows, log_step: Tensor) -> tuple[Rows, Tensor]:
-        """Chains from rows, and their mean acceptance.
+        """Chains from rows, and the harmonic mean of their acceptance.
 
         Arguments:
             energy: of rows, ``(rows,)``.
@@ -55,12 +61,17 @@ class Langevin:
         size, ones = log_step.exp() * math.sqrt(self.temperature), torch.ones_like(y[0])
         state: State = start(y.detach(), potential)
         noise = torch.randn(self.transitions, *y.shape, dtype=y.dtype, device=y.device)
-        log_uniform = torch.rand(self.transitions, len(y), dtype=y.dtype, device=y.device).log()
-        rates = []
+        uniform = torch.rand(2, self.transitions, len(y), dtype=y.dtype, device=y.device)
+        sizes = (
+            size * (SPREAD + (1 - SPREAD) * uniform[1, ..., None])
+            if self.kernel == "mala"
+            else size.expand(self.transitions)
+        )
+        log_uniform, rates = uniform[0].log(), []
         for k in range(self.transitions):
-            state, info = move(state, potential, Step(size, ones, noise[k], log_uniform[k]))
-            rates.append(info.acceptance.mean())
-        return state.position, torch.stack(rates).mean()
+            state, info = move(state, potential, Step(sizes[k], ones, noise[k], log_uniform[k]))
+            rates.append(info.acceptance)
+        return state.position, 1 / (1 / torch.stack(rates).clamp_min(LEAST)).mean()
 
 
 class ReplayBuffer(nn.Module):

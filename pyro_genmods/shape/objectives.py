@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ class Contrastive(Objective):
     """
 
     transitions: int = 10
-    kernel: Literal["mala", "ula"] = "mala"
+    kernel: str = "mala"
     persistent: bool = True
     buffer_size: int = 4096
     restart: float = 0.05

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,10 +179,10 @@ class Chains(EnergySampler):
         0.1
     """
 
-    kernel: Literal["hmc", "mala", "ula"] = "hmc"
+    kernel: str = "hmc"
     warmup: int = 60
     transitions: int = 40
-    start: Literal["buffer", "base"] = "buffer"
+    start: str = "buffer"
     step_size: float = 0.3
     least: int = 64
 
