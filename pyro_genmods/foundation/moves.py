@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,14 @@ class Moves(ABC):
     def once(self) -> tuple[Tensor, Tensor, float]:
         """One move: particles, their log likelihoods, and the mean acceptance."""
 
+    def settings(self) -> Any:
+        """What was learned for the present temperature, to be used there again; nothing, by default."""
+        return None
+
+    def use(self, settings: Any) -> None:
+        """Move by what was learned at a temperature, and learn no more: particles are then independent chains."""
+        return
+
     def move(self, q: Tensor, least: int, most: int) -> tuple[Tensor, Tensor, float, int]:
         """Move until particles have forgotten where they were.
 
@@ -97,6 +105,7 @@ class HamiltonianMoves(Moves):
 
     Attributes:
         size: of a leapfrog, before it is spread over particles.
+        learning: whether size and scale follow the particles.
         scale: standard deviations, or the triangle of a covariance, pooled over groups.
         gradients: evaluated so far, particle by particle.
     """
@@ -105,9 +114,17 @@ class HamiltonianMoves(Moves):
         super().__init__(energy, q, generator, groups)
         self.size, self._count = 0.5 * q.shape[1] ** -0.25, 0
         self.scale = torch.ones_like(q[0])
-        self.gradients = 0
+        self.gradients, self.learning = 0, True
+
+    def settings(self) -> tuple[float, Tensor]:
+        return self.size, self.scale
+
+    def use(self, settings: tuple[float, Tensor]) -> None:
+        (self.size, self.scale), self.learning = settings, False
 
     def learn(self, q: Tensor, weight: Tensor) -> None:
+        if not self.learning:
+            return
         dense = q.shape[1] <= DENSE_DIM and len(q) >= 20 * q.shape[1]
         moments = Moments(q.mean(0), dense=dense)
         weight = weight.reshape(self.groups, -1)
@@ -136,7 +153,8 @@ class HamiltonianMoves(Moves):
         self.gradients += leapfrogs * len(q)
         rate = float(info.acceptance.mean())
         everyone = torch.ones_like(info.accepted)
-        self.size *= math.exp(harmonic_mean(info.acceptance, everyone, LEAST) - TARGET)
+        if self.learning:
+            self.size *= math.exp(harmonic_mean(info.acceptance, everyone, LEAST) - TARGET)
         return self._state.position, -self.energy.parts(self._state.position)[1], rate
 
     def leapfrogs(self, count: int) -> int:

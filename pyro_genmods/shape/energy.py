@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Size, Tensor, nn
@@ -34,7 +34,9 @@ from torch.func import functional_call
 
 from ..contract import Cost, Density, GenerativeModel
 from ..coordinates import event_shape_on
+from ..foundation.annealing import Path
 from ..foundation.errors import DensityError, ShapeError
+from ..foundation.moves import HamiltonianMoves
 from ..foundation.networks import MLP, place_of
 from ..foundation.shapes import Context, Noise, Rows, Values
 from .base import GaussianBase
@@ -42,7 +44,7 @@ from .law import EnergyDistribution
 from .network import Function, check_confining, check_network
 from .normalizer import Normalizer
 from .objectives import OBJECTIVES, Objective
-from .sampling import SAMPLERS, EnergySampler
+from .sampling import SAMPLERS, EnergySampler, path_of
 
 __all__ = ["Energy"]
 
@@ -99,6 +101,7 @@ class Energy(GenerativeModel):
     """
 
     has_rsample = False
+    continuous: ClassVar[bool] = True  # rows are real numbers, on which a fitted law can be put
     report: Any = None
 
     def __init__(
@@ -277,6 +280,20 @@ class Energy(GenerativeModel):
         """Draws of it."""
         with torch.no_grad():
             return self.reference.sample_rows(rows, self.told_base(c))
+
+    def annealing(
+        self, c: Context | None, groups: int, particles: int, generator: torch.Generator
+    ) -> tuple[Path, Rows, HamiltonianMoves]:
+        """The path from the reference to the law, draws of the reference, and their moves.
+
+        Arguments:
+            c: context of each group ``(groups, context)``.
+            groups, particles: of each group.
+            generator: of the moves.
+        """
+        told = None if c is None else c.repeat_interleave(particles, 0)
+        path, q = path_of(self, told), self.reference_rows(groups * particles, told)
+        return path, q, HamiltonianMoves(path, q, generator, groups)
 
     def sample_rows(self, rows: int, c: Context | None) -> Rows:
         if not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Function", "check_confining", "check_curvature", "check_network"]
 
+RADII = (10.0, 100.0, 1e3, 1e4)  # standard deviations from the centre at which an energy is looked at
 FLIPS = "It tells chains which flips pay; write the energy with sums and products of the bits in place of comparisons."
 
 
@@ -163,10 +165,12 @@ def check_confining(model: Energy, context: Tensor | None = None, directions: in
         c = z.new_zeros(shape)
         if context is not None:
             c = model.context_standardization(context[:1].reshape(1, -1).to(z)).expand(shape)
-    near, far = (model.energy_rows(model.reference.push_rows(radius * z, None), c) for radius in (10.0, 100.0))
-    rise = (far - near)[near.isfinite()]
+    values = [model.energy_rows(model.reference.push_rows(radius * z, None), c) for radius in RADII]
+    rises = torch.stack([far - near for near, far in pairwise(values)])
     needed = model.features * torch.log(torch.tensor(10.0))
-    if not bool((rise > needed).all()):
+    walled = (rises > needed).any(0) | ~values[0].isfinite()  # a valley that bends may cross a ray, once
+    rise = rises[0][~walled]
+    if len(rise):
         raise DensityError(
             f"network: from 10 to 100 standard deviations its energy rises by {float(rise.min()):.3g} nats in some "
             f"direction, and a law in {model.features} dimension(s) needs more than {float(needed):.3g}: it has no "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Density
+from ..foundation.kriging import Interpolation
 
 __all__ = ["Normalizer"]
 
@@ -93,6 +94,9 @@ class Normalizer(nn.Module):
             known = self.__dict__["_known"] = error if error >= 0 else math.nan
         return known
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if not self.given:  # an estimate comes with the function it found, and without the one that was here
+            centres = state.get(f"{prefix}function.centres")
+            self.function = None if centres is None else Interpolation(*centres.shape).to(centres)
+        super()._load_from_state_dict(state, prefix, *args)
         self.__dict__["_known"] = None
