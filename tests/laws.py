@@ -508,6 +508,22 @@ def energy(
     return Law(name, build, context=context, **{**promised, **(facts or {})})
 
 
+def binary(
+    name: str, make: Callable[[], gm.GenerativeModel], shape: tuple[int, ...], context: int = 0, **facts: Any
+) -> Law:
+    """A row of a normalised energy of bits whose parameters are moved by standard normal draws."""
+
+    def build() -> gm.GenerativeModel:
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        return model
+
+    promised = {"event_shape": shape, "levels": (2,) * math.prod(shape), "support": constraints.boolean}
+    return Law(name, build, context=context, transport=False, networks=("network",), **{**promised, **facts})
+
+
 def path(
     name: str, *, context: int = 0, posterior: bool = False, facts: dict[str, Any] | None = None, **kwargs: Any
 ) -> Law:
@@ -756,6 +772,7 @@ LAWS: tuple[Law, ...] = (
     diffusion("diffusion-two-steps", sampler=gm.evolve.AdamsBashforth(4)),
     diffusion("diffusion-solver", context=2, sampler=gm.evolve.DPMSolver(4), facts={"core": False}),
     diffusion("diffusion-ancestral", sampler=gm.evolve.Ancestral(3)),
+    diffusion("diffusion-corrected", sampler=gm.evolve.PredictorCorrector(2), facts={"core": False}),
     student("student"),
     student("student-context-positive", context=2, calls=2, support=constraints.positive),
     path("path"),
@@ -776,6 +793,19 @@ LAWS: tuple[Law, ...] = (
         facts={"core": False},
     ),
     energy("energy-levels-context", context=2, objective=gm.shape.Denoising((0.5, 0.1)), facts={"core": False}),
+    binary(
+        "energy-of-bits", lambda: gm.shape.DiscreteEnergy(3, normalized=True, hidden_features=(8,)), (3,), core=False
+    ),
+    binary(
+        "energy-of-bits-context",
+        lambda: gm.shape.DiscreteEnergy(
+            event_shape=(2, 2), context_features=2, normalized=True, hidden_features=(8,), objective="contrastive"
+        ),
+        (2, 2),
+        2,
+    ),
+    binary("ising", lambda: gm.shape.Ising(2, 0.3, field=0.2, learnable=True), (2, 2), core=False),
+    binary("rbm", lambda: gm.shape.RBM(3, 2, normalized=True), (3,)),
     pushforward("pushforward"),
     pushforward("pushforward-context-positive", context=2, support=constraints.positive, standardized=True),
     pushforward("pushforward-manifold", invertible=True),

@@ -35,6 +35,7 @@ from torch import Tensor
 from ..foundation.adaptation import DualAveraging, halton, harmonic_mean
 from ..foundation.chains import Info, State, Step, hamiltonian, start
 from ..foundation.errors import ModelError
+from ..foundation.replicas import exchange, respaced
 from .chain_kernel import ChainKernel
 from .intractable import unknown_constants
 from .potential import Potential
@@ -181,20 +182,10 @@ class ParallelTempering(ChainKernel):
 
     def _swap(self, chains: int) -> None:
         """Exchange even pairs in even iterations, odd pairs in odd ones."""
-        k, q = self.num_temperatures, self._all.position
-        likelihood = self.potential.parts(q)[1].reshape(k, chains)
-        likelihood = torch.where(likelihood.isnan(), torch.inf, likelihood)
-        gap = (self.ladder[1:] - self.ladder[:-1])[:, None]
-        log_ratio = (gap * (likelihood[1:] - likelihood[:-1])).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        uniform = torch.empty_like(log_ratio).uniform_(generator=self._exchange)
-        self._rejected = self._rejected + 1 - log_ratio.clamp(max=0).exp().mean(1)
-        self._tried += 1
-        active = (torch.arange(k - 1, device=q.device) % 2 == self.iteration % 2)[:, None]
-        swap = active & (uniform.log() < log_ratio)
-        index = torch.arange(k, device=q.device)[:, None].expand(k, chains).clone()
-        index[:-1] += swap.long()
-        index[1:] -= swap.long()
-        rows = (index * chains + torch.arange(chains, device=q.device)).reshape(-1)
+        q = self._all.position
+        tilt = self.potential.parts(q)[1].reshape(self.num_temperatures, chains)
+        rows, rate = exchange(tilt, self.ladder, self.iteration, self._exchange)
+        self._rejected, self._tried = self._rejected + 1 - rate, self._tried + 1
         self._all = start(q[rows].contiguous(), self.potential)
 
     def _learn(self, info: Info, chains: int) -> None:
@@ -220,13 +211,8 @@ class ParallelTempering(ChainKernel):
                 step.restart()
 
     def _space(self) -> None:
-        """Space the ladder so that all pairs reject equally often: along the sum of the rejection rates."""
-        barrier = torch.cat([self._rejected.new_zeros(1), (self._rejected / self._tried + 1e-3).cumsum(0)])
-        wanted = torch.linspace(0, 1, len(barrier)).to(barrier) * barrier[-1]
-        right = torch.searchsorted(barrier, wanted[1:-1]).clamp(1, len(barrier) - 1)
-        share = (wanted[1:-1] - barrier[right - 1]) / (barrier[right] - barrier[right - 1])
-        inner = self.ladder[right - 1] + share * (self.ladder[right] - self.ladder[right - 1])
-        self.ladder = torch.cat([self.ladder[:1], inner, self.ladder[-1:]])
+        """Space the ladder so that all pairs reject equally often."""
+        self.ladder = respaced(self.ladder, self._rejected / self._tried)
         self._heat()
         self._all = start(self._all.position, self.potential)
 
