@@ -41,6 +41,7 @@ from pyro_genmods.factorize import (
 from pyro_genmods.factorize.sequences import Columns, Sequences
 from pyro_genmods.foundation.networks import MLP, SpectralLinear
 from pyro_genmods.foundation.residual import ResidualMLP
+from pyro_genmods.shape.base import GaussianBase
 
 import zuko  # isort: skip  (the package puts right what importing zuko changes)
 
@@ -628,7 +629,14 @@ HEADS: dict[str, tuple[Conditional, dict[str, Any]]] = {
 # Laws that read a diffusion's network in another way, and promise less: an energy has no draws of its own, a force no
 # gradient, a guided law no density. They have tests of their own, in test_diffusion.py and test_posterior_samplers.py.
 BRIEF = gm.shape.Chains("mala", warmup=4, transitions=4, least=8)
-READERS = (gm.evolve.EnergyLaw, gm.evolve.ForcedLaw, GuidedLaw)
+FIXED = (  # laws with nothing to learn; test_references.py holds them against what is known of them
+    GaussianBase,
+    *(
+        getattr(gm.shape, name)
+        for name in ("Banana", "DoubleWell", "Funnel", "Gaussian", "GaussianMixture", "Rosenbrock")
+    ),
+)
+READERS = (gm.evolve.EnergyLaw, gm.evolve.ForcedLaw, GuidedLaw, *FIXED)
 
 LAWS: tuple[Law, ...] = (
     flow("nsf", F.NSF, **SPLINE),
