@@ -165,11 +165,96 @@ def test_chains_are_the_posterior(gaussian, kernel, thinning):
     prior, model, y, mean, variance, _ = gaussian
     mcmc = gm.infer.MCMC(kernel(model, level="graph"), 150, 150, 64, thinning=thinning, **OPTIONS)
     mcmc.run(y)
-    gap = (push(prior, mcmc.get_samples(group_by_chain=True)["x_base"]) - mean) / variance.sqrt()
+    assert_recorded(mcmc.kernel.potential)
+    assert_moments(push(prior, mcmc.get_samples(group_by_chain=True)["x_base"]), mean, variance)
+
+
+def assert_recorded(energy: gm.infer.Potential) -> None:
+    """All chains are one row-wise program, and its steps a graph, as was asked for."""
+    report = energy.report
+    assert (report["road"], report["level"], report["why"]) == ("vmap", "graph", []), report
+
+
+def assert_moments(x: Tensor, mean: Tensor, variance: Tensor, most: float = 0.025) -> None:
+    """Means and variances of chains ``(chains, n, features)``, to their Monte Carlo errors, which are small."""
+    gap = (x - mean) / variance.sqrt()
     for draws, truth, name in ((gap, 0.0, "mean"), (gap.square(), 1.0, "variance")):
         error = chain_standard_error(draws)
-        assert error.max() < 0.025, f"standard error of the {name}: {error}, too few draws"
-        assert_mean(draws.flatten(0, 1), double([truth] * 2), error, name)
+        assert error.max() < most, f"standard error of the {name}: {error}, too few draws"
+        assert_mean(draws.flatten(0, 1), torch.full_like(mean, truth), error, name)
+
+
+@pytest.mark.slow
+def test_a_plate_of_observations_is_the_posterior_of_a_regression():
+    """Coefficients have the prior; each row of a plate is one more term, and nothing else."""
+    (law, _), n = correlated_gaussian(), 100
+    features, prior = torch.randn(n, 2, dtype=DOUBLE), sampled(law.diffusion(), 8)
+    y = features @ double([1.0, -0.5]) + torch.randn(n, dtype=DOUBLE)
+    posterior, _ = law.posterior(features, torch.eye(n, dtype=DOUBLE), y)
+    mean, covariance = posterior.moments()
+
+    def model() -> None:
+        x = pyro.sample("x", prior())
+        with pyro.plate("rows", n):
+            pyro.sample("y", dist.Normal(x @ features.mT, 1.0), obs=y)
+
+    noisy = pyro.poutine.reparam(model, {"x": gm.infer.PushforwardReparam()})
+    mcmc = gm.infer.MCMC(gm.infer.HMC(noisy, level="graph"), 150, 150, 64, **OPTIONS)
+    mcmc.run()
+    assert_recorded(mcmc.kernel.potential)
+    assert_moments(push(prior, mcmc.get_samples(group_by_chain=True)["x_base"]), mean, covariance.diagonal())
+
+
+# -- energies ---------------------------------------------------------------------------------------------------------
+
+
+class Potential(nn.Module):
+    """The exact potential of a mixture in white units."""
+
+    def __init__(self, law: Mixture) -> None:
+        super().__init__()
+        self.law = law
+
+    def forward(self, t: Tensor, u: Tensor, c: Tensor | None = None) -> Tensor:
+        t, law = t.reshape(-1, 1, 1), self.law
+        covariances = t.cos()[..., None] ** 2 * law.covariances + t.sin()[..., None] ** 2 * torch.eye(2, dtype=DOUBLE)
+        parts = dist.MultivariateNormal(t.cos() * law.means, covariances, validate_args=False)
+        log_density = (parts.log_prob(u[:, None]) + law.weights.log()).logsumexp(-1)
+        return -t[:, 0, 0].tan() * (log_density + 0.5 * u.square().sum(-1))
+
+
+def energy(law: Mixture) -> gm.Diffusion:
+    mean, covariance = law.moments()
+    inverse = torch.linalg.inv(torch.linalg.cholesky(covariance))
+    white = Mixture(law.weights, (law.means - mean) @ inverse.mT, inverse @ law.covariances @ inverse.mT)
+    model = gm.Diffusion(2, network=Potential(white), parameterization="energy").to(DOUBLE)
+    model.set_moments(mean, covariance)
+    return model
+
+
+BENT = Mixture(
+    double([0.3, 0.7]), double([[-1.0, 0.5], [1.0, 0.0]]), double([[[0.4, 0.2], [0.2, 0.5]], [[0.6, 0], [0, 0.2]]])
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [correlated_gaussian()[0], BENT], ids=["gaussian", "mixture"])
+def test_chains_on_an_energy_are_the_posterior(law):
+    """Of the law with the noise of its level, which is not small here, by one call of the network a leapfrog."""
+    measurement = Measurement(double([[1.0, 0.4]]), 0.5, double([0.6]))
+    noisy = Mixture(law.weights, law.means, law.covariances + 0.2**2 * law.moments()[1])
+    posterior, _ = noisy.posterior(measurement.a, measurement.r, measurement.y)
+    mean, covariance = posterior.moments()
+    prior = energy(law).energy_law(level=0.2)
+
+    def model() -> None:
+        x = pyro.sample("x", prior())
+        pyro.sample("y", linear(measurement)(x), obs=measurement.y)
+
+    mcmc = gm.infer.MCMC(gm.infer.HMC(model, level="graph"), 150, 150, 64, **OPTIONS)
+    mcmc.run()
+    assert_recorded(mcmc.kernel.potential)
+    assert_moments(mcmc.get_samples(group_by_chain=True)["x"], mean, covariance.diagonal(), most=0.03)
 
 
 # -- several modes ----------------------------------------------------------------------------------------------------

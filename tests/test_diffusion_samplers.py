@@ -7,15 +7,18 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import pyro
 import pytest
 import torch
+from pyro.infer import Predictive
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_genmods as gm
 from pyro_genmods import evolve
 from pyro_genmods.foundation.divergence import rademacher
+from pyro_genmods.foundation.errors import DensityError
 
 from .statistics import assert_mean
 from .test_diffusion import DOUBLE, Mixture, lattice, lattice_draws, ring, ring_draws
@@ -231,6 +234,45 @@ def test_the_reverse_equation_visits_the_grid_of_its_schedule(schedule, dtype):
         k = torch.arange(20, dtype=DOUBLE)
         levels = (60 ** (1 / 7) + k / 20 * (0.005 ** (1 / 7) - 60 ** (1 / 7))) ** 7
         assert torch.allclose(torch.cat(seen).tan(), levels, rtol=1e-9 if dtype is DOUBLE else 1e-3)
+
+
+# -- the law that only draws ------------------------------------------------------------------------------------------
+
+
+def test_what_draws_its_noise_inside_is_a_distribution_all_the_same(tmp_path):
+    """The battery of ``test_contract.py`` asks for noise to push; what is left without is asked here."""
+    torch.manual_seed(0)
+    model = gm.Diffusion(2, context_features=1, support=constraints.positive)
+    model.standardize(torch.rand(50, 2) + 1, torch.randn(50, 1))
+    prior = model.sampled_by(evolve.ReverseSDE(3))
+    law = prior(torch.randn(4, 1))
+    assert (law.batch_shape, law.event_shape, law.has_rsample) == ((4,), (2,), False)
+    wide = law.expand([3, 4])
+    x = wide.sample((5,))
+    assert x.shape == (5, 3, 4, 2) and bool(law.support.check(x).all()) and len(x.reshape(-1, 2).unique(dim=0)) == 60
+    assert law.to_event(1).event_shape == (4, 2) and law.mask(False).log_prob(x[0, 0]).shape == (4,)
+    for ask in (law.rsample, lambda: law.log_prob(x[0, 0]), lambda: law.push(torch.zeros(4, 2)), law.score):
+        with pytest.raises(DensityError):
+            ask(x[0, 0]) if ask == law.score else ask()
+    gm.save(prior, tmp_path / "prior")
+    again = gm.load(tmp_path / "prior")
+    draws = []
+    for one in (prior, again):
+        torch.manual_seed(1)
+        draws.append(one(torch.ones(1)).sample((6,)))
+    assert torch.equal(*draws)
+
+
+def test_it_is_drawn_from_in_a_program_and_refused_in_noise_space():
+    prior = gm.Diffusion(2).sampled_by(evolve.ReverseSDE(3))
+
+    def model():
+        with pyro.plate("rows", 3):
+            pyro.sample("x", prior())
+
+    assert Predictive(model, num_samples=4)()["x"].shape == (4, 3, 2)
+    with pytest.raises(TypeError, match="base and push"):
+        pyro.poutine.reparam(model, {"x": gm.infer.PushforwardReparam()})()
 
 
 # -- estimated divergences --------------------------------------------------------------------------------------------

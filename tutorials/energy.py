@@ -1,6 +1,6 @@
 """An energy as the prior of handwritten digits: do its chains stay digits, and what do they say of halves unseen?
 
-    python tutorials/energy.py [--out outputs] [--epochs 60] [--steps 10000]
+    python tutorials/energy.py [--out outputs] [--epochs 200] [--steps 10000]
 
 8 x 8 digits are described by 20 numbers, their principal components. An energy learns these by persistent contrastive
 divergence: a perceptron tilts the Gaussian with the moments of the data, and chains that go on from step to step are
@@ -11,7 +11,7 @@ what it is taught to hold for no better than digits. Chains that are short teach
 * energies of digits that were never seen must look like those of digits that were, and like those of long chains
   (`energy_histograms.png`), and `shape.mixing_report` says what it thinks of them;
 * `shape.normalize` measures the constant, and with it what an unseen digit's density is worth beside the Gaussian's;
-* eight digits lose their lower half, noise of scale 0.1 covers the rest, and the energy is the prior of a Pyro program.
+* six digits lose their lower half, noise of scale 0.1 covers the rest, and the energy is the prior of a Pyro program.
   Particles start as draws of the Gaussian and take in energy and data together (`infer.SMC`). Do the intervals hold
   what was hidden? (`energy_restored.png`)
 """
@@ -62,7 +62,7 @@ def learn(training: Tensor, validation: Tensor, epochs: int) -> gm.Energy:
     objective = shape.Contrastive(transitions=20, step_size=0.5, buffer_size=2000, restart=0.02)
     energy = gm.Energy(COMPONENTS, objective=objective, hidden_features=(256, 256))
     start = time.perf_counter()
-    settings = {"batch_size": 200, "learning_rate": 1e-3, "ema": 0.99, "weight_decay": 0.1, "gradient_clip": 1.0}
+    settings = {"batch_size": 200, "learning_rate": 3e-3, "ema": 0.99, "weight_decay": 1.0, "gradient_clip": 1.0}
     gm.fit(energy, training, validation=validation, max_epochs=epochs, seed=0, progress_bar=False, **settings)
     print(f"learned in {time.perf_counter() - start:.0f} s", flush=True)
     return energy.freeze()
@@ -95,7 +95,7 @@ def restored(energy: gm.Energy, components: Components, truth: Tensor) -> Tensor
     seen = truth[:, SEEN] + NOISE * torch.randn(len(truth), 32)
     draws = []
     for one in seen:  # digits are independent, and particles of one do not pay for the others
-        smc = gm.infer.SMC(program, num_particles=500, num_runs=2, seed=0, progress_bar=False)
+        smc = gm.infer.SMC(program, num_particles=400, num_runs=2, seed=0, progress_bar=False)
         smc.run(energy, components, one[None])
         draws.append(components.images(smc.get_samples()["z"][:, 0]))
     return torch.stack(draws, 1)
@@ -128,7 +128,7 @@ def histograms(path: Path, energies: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs"))
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=10_000)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def main() -> None:
     print(f"log Z {found.value:.2f} +- {found.standard_error:.2f} ({found.reason})")
     print(f"unseen digits: {law.log_prob(z).mean():.2f} nats, {gaussian:.2f} under the Gaussian", flush=True)
 
-    truth = unseen[:8]
+    truth = unseen[:6]
     start = time.perf_counter()
     draws = restored(energy, components, truth)
     low, high = draws.quantile(torch.tensor([0.05, 0.95]), 0)
@@ -167,7 +167,7 @@ def main() -> None:
     inside = ((hidden >= low[:, 32:]) & (hidden <= high[:, 32:])).float().mean()
     error = (draws.mean(0) - truth)[:, 32:].square().mean().sqrt()
     print(f"restored in {time.perf_counter() - start:.0f} s: 90 % intervals hold {inside:.1%}, RMSE {error:.3f}")
-    shown = torch.cat([truth[:, SEEN], torch.full((8, 32), 0.5)], 1)
+    shown = torch.cat([truth[:, SEEN], torch.full((6, 32), 0.5)], 1)
     rows = {"truth": truth, "seen": shown, "mean": draws.mean(0)} | {f"draw {k + 1}": draws[100 * k] for k in range(3)}
     rows_of_digits(arguments.out / "energy_restored.png", rows)
 

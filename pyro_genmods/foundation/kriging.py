@@ -73,15 +73,10 @@ class Interpolation(nn.Module):
             values, variances: at the points, and of the errors in them, ``(points,)``.
 
         Raises:
-            ShapeError: too few points for a trend, or points in a plane.
+            ShapeError: see :meth:`columns_of`.
         """
-        n, d = centres.shape
+        columns = self.columns_of(centres)
         centres, values, variances = centres.double(), values.double(), variances.double()
-        columns = torch.cat([torch.ones_like(centres[:, :1]), centres], 1)
-        if n < d + 3 or int(torch.linalg.matrix_rank(columns)) < d + 1:
-            raise ShapeError(
-                f"contexts: got {n} with {d} feature(s), needs at least {d + 3} that do not lie in a plane; give more."
-            )
         square = (centres[:, None] - centres).square().sum(-1)
         middle = square[square > 0].median().sqrt()
         rest = (values - columns @ torch.linalg.lstsq(columns, values[:, None]).solution[:, 0]).std().clamp_min(1e-6)
@@ -96,6 +91,21 @@ class Interpolation(nn.Module):
                     best = error
                     self._take(centres, height**2 * weights, trend, length, error)
         return self
+
+    @staticmethod
+    def columns_of(centres: Tensor) -> Tensor:
+        """What the trend is made of, at points.
+
+        Raises:
+            ShapeError: too few points for a trend, or points in a plane.
+        """
+        n, d = centres.shape
+        columns = torch.cat([torch.ones_like(centres[:, :1]), centres], 1).double()
+        if n < d + 3 or int(torch.linalg.matrix_rank(columns)) < d + 1:
+            raise ShapeError(
+                f"contexts: got {n} with {d} feature(s), needs at least {d + 3} that do not lie in a plane; give more."
+            )
+        return columns
 
     def _take(self, centres: Tensor, weights: Tensor, trend: Tensor, length: float, error: float) -> None:
         self.centres.copy_(centres)

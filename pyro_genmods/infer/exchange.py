@@ -273,7 +273,8 @@ class Exchange:
             group_by_chain: ``(chains, draws, *shape)`` instead of ``(chains * draws, *shape)``.
         """
         with torch.no_grad():
-            return select_samples(self.potential.constrain(self.unconstrained), num_samples, group_by_chain)
+            rows = self.unconstrained
+            return select_samples(self.potential.constrain(rows), num_samples, group_by_chain)
 
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample size and R-hat by site, acceptance by chain, and the inner work of each energy site.

@@ -47,7 +47,7 @@ class Unknown:
         name: of the site.
         law: inside ``to_event``, ``mask`` and ``expand``.
         observed: whether it is a likelihood.
-        tilted: whether it is, or can be, sampled as the tilt of a base.
+        tilted: whether it is, or can be, sampled as the tilt of a base, or is discrete and summed out.
         carrier: the site whose density lacks the constant: the site itself, or the factor that tilts its base.
     """
 
@@ -203,7 +203,7 @@ def _unknown(trace: Any) -> list[Unknown]:
         while hasattr(law, "base_dist"):
             law = law.base_dist
         if _is_unknown(law):
-            tilted = base_of(unwrap(site["fn"])[0]) is not None
+            tilted = law.support.is_discrete or base_of(unwrap(site["fn"])[0]) is not None
             found.append(Unknown(name, law, site["is_observed"], tilted, name))
     return found
 

@@ -123,7 +123,7 @@ class _Untilted(Messenger):
             return
         law, wrap = unwrap(msg["fn"])
         base = base_of(law)
-        if base is not None:
+        if base is not None and not law.support.is_discrete:
             msg["fn"] = wrap(base)
             self._waiting[msg["name"]] = law, wrap
 

@@ -15,6 +15,7 @@ from .partition import LogNormalizer, log_normalizer
 from .references import DoubleWell, Gaussian, GaussianMixture, Reference
 from .report import MixingReport, mixing_report
 from .sampling import Annealed, Chains, EnergySampler
+from .tempering import Tempering
 
 __all__ = [
     "NCE",
@@ -47,6 +48,7 @@ __all__ = [
     "Reference",
     "Rosenbrock",
     "Sliced",
+    "Tempering",
     "log_normalizer",
     "mixing_report",
     "normalize",

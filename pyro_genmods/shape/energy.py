@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -92,12 +92,13 @@ class Energy(GenerativeModel):
         >>> import torch, pyro_genmods as gm
         >>> x = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0)) * 3
         >>> energy = gm.Energy(1, objective="sliced", hidden_features=(16,))
-        >>> history = gm.fit(energy, x, max_epochs=5, seed=0, progress_bar=False)
+        >>> history = gm.fit(energy, x, max_epochs=20, learning_rate=5e-3, seed=0, progress_bar=False)
         >>> law = energy.freeze()()
         >>> law.density.name, bool((law.score(x[:5]) * x[:5] < 0).all())         # the score points inwards
         ('UNNORMALIZED', True)
-        >>> torch.manual_seed(0).__class__.__name__, abs(float(law.sample((1000,)).std()) - 3) < 0.3
-        ('Generator', True)
+        >>> _ = torch.manual_seed(0)
+        >>> abs(float(law.sample((1000,)).std()) - 3) < 0.3
+        True
     """
 
     has_rsample = False
@@ -110,14 +111,14 @@ class Energy(GenerativeModel):
         context_features: int = 0,
         *,
         network: EnergyFunction | None = None,
-        base: Literal["gaussian"] | GenerativeModel | None = "gaussian",
+        base: str | GenerativeModel | None = "gaussian",
         objective: str | Objective = "denoising",
         hidden_features: Sequence[int] = (128, 128),
         support: constraints.Constraint | None = None,
         event_shape: tuple[int, ...] | None = None,
         sampler: str | EnergySampler = "annealed",
         log_normalizer: Callable[..., Tensor] | None = None,
-        learn: Literal["contrastive"] | None = None,
+        learn: str | None = None,
         allow_unnormalized: bool = False,
     ) -> None:
         tilted = base if isinstance(base, GenerativeModel) else None
@@ -282,8 +283,8 @@ class Energy(GenerativeModel):
             return self.reference.sample_rows(rows, self.told_base(c))
 
     def annealing(
-        self, c: Context | None, groups: int, particles: int, generator: torch.Generator
-    ) -> tuple[Path, Rows, HamiltonianMoves]:
+        self, c: Tensor | None, groups: int, particles: int, generator: torch.Generator
+    ) -> tuple[Path, Tensor, HamiltonianMoves]:
         """The path from the reference to the law, draws of the reference, and their moves.
 
         Arguments:

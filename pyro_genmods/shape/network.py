@@ -61,8 +61,9 @@ def check_network(network: nn.Module, features: int, told: int, binary: bool = F
     network.eval()
     try:
         inputs = _trial(network, features, told, binary)
-        value = _called(network, name, inputs)
-        _check_gradient(name, inputs[0], value, binary)
+        with torch.enable_grad():
+            value = _called(network, name, inputs)
+            _check_gradient(name, inputs[0], value, binary)
         with torch.no_grad():
             again = network(*inputs).reshape(3)
             alone = torch.cat([network(*[x[i : i + 1] for x in inputs]).reshape(1) for i in (0, 1)])
@@ -94,8 +95,7 @@ def _called(network: nn.Module, name: str, inputs: tuple[Tensor, ...]) -> Tensor
     inputs[0].requires_grad_()
     shapes = " and ".join(str(tuple(x.shape)) for x in inputs)
     try:
-        with torch.enable_grad():
-            value = network(*inputs)
+        value = network(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ShapeError(f"network: {name} fails on rows of {shapes}: {str(error).splitlines()[0]}") from error
     if not isinstance(value, Tensor) or tuple(value.shape) not in ((3,), (3, 1)):

@@ -61,6 +61,8 @@ def normalize(
             f"contexts: {type(model).__name__} is conditional; give some, (n, *{tuple(model.context_shape)}), spread "
             "over all that will be asked for."
         )
+    if contexts is not None:
+        Interpolation.columns_of(_rows(model, contexts))
     found = log_normalizer(model, context=contexts, **options)
     if not found.ok and not force:
         raise DensityError(
@@ -75,7 +77,7 @@ def normalize(
 
 
 def _attach_function(model: Energy, contexts: Tensor, found: LogNormalizer, force: bool) -> None:
-    rows = model.context_standardization(contexts.reshape(-1, model.context_shape.numel()))
+    rows = _rows(model, contexts)
     values, errors = (torch.as_tensor(x).reshape(-1) for x in (found.value, found.standard_error))
     function = Interpolation(*rows.shape).to(*reversed(model.place)).fit_(rows, values.to(rows.device), errors.square())
     if function.error > LARGEST_ERROR and not force:
@@ -84,6 +86,12 @@ def _attach_function(model: Energy, contexts: Tensor, found: LogNormalizer, forc
             "more of them, nearer to each other, or say force=True."
         )
     model.normalizer.attach(float(values.mean()), function.error, function)
+
+
+def _rows(model: Energy, contexts: Tensor) -> Tensor:
+    """Contexts as rows, standardised."""
+    model(contexts)  # whether they fit
+    return model.context_standardization(contexts.reshape(-1, model.context_shape.numel()))
 
 
 def _shown(found: LogNormalizer) -> str:

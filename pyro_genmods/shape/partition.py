@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class LogNormalizer:
 def log_normalizer(
     law: Energy | GenerativeDistribution,
     *,
-    method: Literal["auto", "ais", "smc", "bridge", "thermodynamic", "importance"] = "auto",
+    method: str = "auto",
     base: GenerativeModel | None = None,
     components: int = 16,
     particles: int | None = None,
@@ -110,7 +110,7 @@ def log_normalizer(
 
     Arguments:
         law: an energy's law, ``energy(context)``, or an energy.
-        method: see the module.
+        method: ``"auto"``, ``"ais"``, ``"smc"``, ``"bridge"``, ``"thermodynamic"`` or ``"importance"``; see the module.
         base: a fitted model with an exact density of the same events to start from; by default a mixture of Gaussians
             is fitted.
         components: of that mixture, at most; 1 for a Gaussian.

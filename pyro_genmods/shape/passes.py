@@ -28,7 +28,7 @@ __all__ = ["METHODS", "Estimate", "Plan", "estimate"]
 METHODS = ("auto", "ais", "smc", "bridge", "thermodynamic", "importance")
 FINER = 8  # steps of independent particles for one of a population, at least
 MOST_RUNGS = 300  # of them, unless asked for
-INTEGRATED = 24  # temperatures of an integral, at least
+INTEGRATED = 16  # temperatures of an integral, at least
 BOUND = 3.0  # standard errors outwards
 
 Report = Callable[[str], None]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Road", "pave"]
 
 ROUNDS = 5  # of fitting, at most
-SETTLED = 0.05  # nats between two rounds
+SETTLED = 3.0  # standard deviations of independent weights between two rounds
 MOST_STAGES = 4  # of a pilot that starts near
 MOVES, LATER_MOVES = 20, 6  # at a temperature, at most
 
@@ -97,7 +97,8 @@ def pave(
         start = _from_mixture(model, mixture)
         found, ladder, more = _pilot(start(c, _count(c), particles, generator), LATER_MOVES)
         gradients += more
-        if float((found.log_ratio - before).abs().max()) < SETTLED and ladder.rungs <= MOST_STAGES:
+        settled = float((found.log_ratio - before).abs().max()) < SETTLED / particles**0.5
+        if settled and ladder.rungs <= MOST_STAGES:
             break
     return Road(start, ladder, f"mixture of {mixture.components}", gradients)
 
