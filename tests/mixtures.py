@@ -80,6 +80,11 @@ class Mixture:
         model.set_moments(mean, covariance)
         return model
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Of rows ``(n, d)``."""
+        parts = torch.distributions.MultivariateNormal(self.means, self.covariances)
+        return (parts.log_prob(x.double()[:, None]) + self.weights.log()).logsumexp(-1)
+
     def posterior(self, a: Tensor, r: Tensor, y: Tensor) -> tuple[Mixture, float]:
         """The posterior given ``y = a x + noise`` of covariance ``r``, and the log evidence."""
         s = a @ self.covariances @ a.mT + r
@@ -136,7 +141,12 @@ def grid_mixture(d: int, seed: int) -> Mixture:
 def grid_problem(d: int, d_y: int, seed: int) -> tuple[Mixture, Measurement]:
     """The twenty-five modes, and a random measurement of a draw, as in the benchmark of MCGDiff."""
     prior = grid_mixture(d, seed)
-    generator = torch.Generator().manual_seed(1000 + seed)
+    return prior, random_measurement(prior, d_y, seed)
+
+
+def random_measurement(prior: Mixture, d_y: int, seed: int) -> Measurement:
+    """Of a draw around one of the modes, all of unit covariance: scales and noise are uniform, directions too."""
+    generator, d = torch.Generator().manual_seed(1000 + seed), prior.means.shape[1]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -147,7 +157,7 @@ def grid_problem(d: int, d_y: int, seed: int) -> tuple[Mixture, Measurement]:
     sd = float(torch.rand((), generator=generator, dtype=torch.float64) * scales.max())
     mode = int(torch.multinomial(prior.weights, 1, generator=generator))
     x = prior.means[mode] + normal(d)
-    return prior, Measurement(a, sd, a @ x + sd * normal(d_y))
+    return Measurement(a, sd, a @ x + sd * normal(d_y))
 
 
 def sliced_distance(x: Tensor, y: Tensor, projections: int = 1000) -> float:

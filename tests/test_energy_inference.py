@@ -17,7 +17,7 @@ from torch import nn
 
 import pyro_genmods as gm
 from pyro_genmods.foundation.errors import DensityError, DoublyIntractableError, ModelError
-from pyro_genmods.infer.intractable import upstream
+from pyro_genmods.infer.intractable import constants_of_evidence, upstream
 
 from .statistics import chain_standard_error
 
@@ -352,6 +352,24 @@ def test_with_a_normaliser_it_is_an_evidence():
     assert abs(smc.log_evidence) < 0.1 and smc.log_evidence == smc.log_unnormalized_evidence
 
 
+def test_the_error_of_a_normaliser_is_one_of_the_evidence():
+    energy = quartic()
+    energy.normalizer.attach(-1.0, 0.3)
+    expected = {"x": 0.3, "rows": 1.5, "whole": 0.0}
+    whole = quartic(base=None)
+    whole.normalizer.attach(-1.0, 0.3)
+
+    def rows():
+        with pyro.plate("rows", 4):
+            pyro.sample("x", energy())
+        pyro.sample("y", energy(), obs=torch.zeros(2))
+
+    programs = {"x": lambda: pyro.sample("x", energy()), "rows": rows, "whole": lambda: pyro.sample("x", whole())}
+    found = {name: constants_of_evidence(program) for name, program in programs.items()}
+    assert all(math.isclose(found[name].error, expected[name], rel_tol=1e-5) for name in expected)
+    assert all(constants.missing == [] for constants in found.values())
+
+
 def test_a_prior_without_a_base_is_drawn_from_and_gives_an_evidence(y):
     energy = gm.Energy(2, network=lambda y: y.square().sum(-1), base=None)
 
@@ -536,13 +554,13 @@ def test_hmc_with_and_without_the_constant_of_a_context(y):
     exact = conditional(base=None, log_normalizer=lambda c: math.log(math.pi) - c[:, 0])
     wrong = conditional(base=None, allow_unnormalized=True)
     for energy, truth in ((exact, EXACT), (wrong, UNNORMALIZED)):
-        mcmc = gm.infer.MCMC(gm.infer.HMC(funnel(energy)), 500, 200, 128, **OPTIONS)
+        mcmc = gm.infer.MCMC(gm.infer.HMC(funnel(energy)), 400, 200, 128, **OPTIONS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # narrow places of a funnel
             mcmc.run(y)
         assert abs(float(mcmc.get_samples()["c"].mean()) - truth) < 0.02
     torch.manual_seed(0)
-    pyros = pyro.infer.MCMC(pyro.infer.NUTS(funnel(exact)), 1500, 300, disable_progbar=True)
+    pyros = pyro.infer.MCMC(pyro.infer.NUTS(funnel(exact)), 1000, 300, disable_progbar=True)
     pyros.run(y)
     c = pyros.get_samples(group_by_chain=True)["c"]
     assert abs(float(c.mean()) - EXACT) < 5 * float(chain_standard_error(c.reshape(2, -1)))

@@ -82,7 +82,7 @@ def test_a_precision_whose_likelihood_has_no_constant(y):
     assert exchange.get_samples()["theta"].shape == (5120,)
     assert exchange.get_samples(group_by_chain=True)["theta"].shape == (64, 80)
     found = exchange.diagnostics()
-    assert found["theta"]["r_hat"] < 1.1 and not found["exact"]
+    assert found["theta"]["r_hat"] < 1.2 and not found["exact"]
     work = found["inner"]["y"]
     assert work["transitions"] == 10 and 0.5 < work["acceptance"] < 0.9
     assert work["gradients"] == exchange.inner_gradients > 140 * 64 * 20 * 10
@@ -126,6 +126,40 @@ def test_a_latent_energy_and_everything_held(y):
     moved = (exchange._state.position != before).any(0)
     assert moved.tolist() == [False, True, True]
     assert set(exchange.sample_stats) == {"exchange_rate", "acceptance_rate", "diverging"}
+
+
+def test_an_interrupt_keeps_draws(y, monkeypatch):
+    exchange = gm.infer.Exchange(precision(Exact()), 5, 0, 8, **BRIEF)
+    once = gm.infer.Exchange._iterate
+
+    def interrupted(index):
+        if index == 3:
+            raise KeyboardInterrupt
+        once(exchange, index)
+
+    monkeypatch.setattr(exchange, "_iterate", interrupted)
+    with pytest.warns(UserWarning, match="3 of 5 draws"):
+        exchange.run(y)
+    assert exchange.get_samples(group_by_chain=True)["theta"].shape == (8, 3)
+
+
+def test_energies_as_entries_of_one_event(y):
+    """Contexts, masks and densities are those of the same energies in a plate."""
+    energy = gaussian()
+
+    def model(y):
+        theta = pyro.sample("theta", dist.Gamma(2.0, 1.0))
+        law = energy(theta[..., None, None].expand((*theta.shape, len(y), 1)))
+        pyro.sample("y", law.mask(torch.arange(20) < 12).to_event(1), obs=y)
+
+    q = torch.tensor([[0.0], [1.0]])
+    log_probs = []
+    for program, args in ((model, (y,)), (precision(energy), (y, torch.arange(20) < 12))):
+        found = gm.infer.potential(licensed(program), args, level="eager")
+        (site,), contexts = energy_sites(found.program, ["y"], q[0])
+        (context,) = contexts(q)
+        log_probs.append(site.log_prob(context, torch.ones(2, 20, 1)))
+    assert torch.allclose(*log_probs)
 
 
 @pytest.mark.slow

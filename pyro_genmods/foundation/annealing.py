@@ -93,6 +93,10 @@ class Stage(NamedTuple):
         ess: effective number of particles of a population before resampling, the mean over populations.
         acceptance: mean acceptance of the moves.
         moves: how many were needed to forget the past.
+
+    Example:
+        >>> Stage(0.5, 800.0, acceptance=0.8, moves=3).moves
+        3
     """
 
     inverse_temperature: float
@@ -109,6 +113,10 @@ class Annealed(NamedTuple):
         log_ratio: estimates of :math:`\log (Z_1 / Z_0)`, ``(groups,)``, in float64.
         stages: what happened on the way.
         ladders: inverse temperatures of every population after every stage, ``(stages, groups)``.
+
+    Example:
+        >>> Annealed(torch.zeros(8, 2), torch.zeros(2), [], torch.ones(0, 2)).log_ratio.shape
+        torch.Size([2])
     """
 
     position: Tensor

@@ -28,6 +28,12 @@ class Tempered(PotentialLike, Protocol):
 
     Attributes:
         inverse_temperature: :math:`\beta` of every row, ``(rows,)``.
+
+    Example:
+        >>> from pyro_genmods.foundation.annealing import Path
+        >>> path: Tempered = Path(lambda q: q.square().sum(-1), lambda q: q.sum(-1))
+        >>> path.parts(torch.ones(1, 2))
+        (tensor([2.]), tensor([2.]))
     """
 
     inverse_temperature: Tensor
@@ -44,6 +50,10 @@ class Moves(ABC):
         q: particles, ``(particles, dim)``.
         generator: of random numbers.
         groups: populations that lie one after the other in the rows and have targets of their own.
+
+    Example:
+        >>> issubclass(HamiltonianMoves, Moves)
+        True
     """
 
     def __init__(self, energy: Tempered, q: Tensor, generator: torch.Generator, groups: int = 1) -> None:
@@ -108,6 +118,15 @@ class HamiltonianMoves(Moves):
         learning: whether size and scale follow the particles.
         scale: standard deviations, or the triangle of a covariance, pooled over groups.
         gradients: evaluated so far, particle by particle.
+
+    Example:
+        >>> from pyro_genmods.foundation.annealing import Path
+        >>> path, g = Path(lambda q: 0.5 * q.square().sum(-1), lambda q: 0 * q[:, 0]), torch.Generator().manual_seed(0)
+        >>> q = torch.zeros(500, 1)
+        >>> path.inverse_temperature = torch.zeros(500)
+        >>> q, _, acceptance, count = HamiltonianMoves(path, q, g).move(q, 5, 5)
+        >>> round(float(q.var())), count
+        (1, 5)
     """
 
     def __init__(self, energy: Tempered, q: Tensor, generator: torch.Generator, groups: int = 1) -> None:

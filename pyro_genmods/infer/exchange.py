@@ -26,6 +26,7 @@ References:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,7 @@ class Exchange:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        """Warm up and sample, with the arguments of the model."""
+        """Warm up and sample, with the arguments of the model. Ctrl-C keeps the draws that are finished."""
         self._args, self._kwargs, self._draws = args, kwargs, []
         self._begin(args, kwargs)
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
@@ -128,20 +129,29 @@ class Exchange:
         with torch.random.fork_rng(devices=devices):  # laws' own samplers draw from the global generator
             torch.manual_seed(seed)
             self._place()
-            for index in tqdm(range(self.warmup_steps + self.num_samples), disable=not self.progress_bar):
-                warm = index < self.warmup_steps
-                rate = self._exchange(warm)
-                diverging, acceptance = self._move_rest(index, warm)
-                if warm:
-                    self._learn(index + 1)
-                else:
-                    self._draws.append((self._state.position, rate, acceptance, diverging))
+            try:
+                for index in tqdm(range(self.warmup_steps + self.num_samples), disable=not self.progress_bar):
+                    self._iterate(index)
+            except KeyboardInterrupt:
+                if not self._draws:
+                    raise
+                done = f"{len(self._draws)} of {self.num_samples}"
+                warnings.warn(f"interrupted: {done} draws of each chain are kept.", stacklevel=2)
         if float(self.acceptance.mean()) < STUCK:
             raise SamplingError(
                 f"exchange moves are accepted in {float(self.acceptance.mean()):.1%} of cases: the walk is too wide "
                 "after so short a warm-up, or auxiliary draws differ too much from the data; take more warmup_steps or "
                 "inner transitions. Draws are kept for inspection."
             )
+
+    def _iterate(self, index: int) -> None:
+        warm = index < self.warmup_steps
+        rate = self._exchange(warm)
+        diverging, acceptance = self._move_rest(index, warm)
+        if warm:
+            self._learn(index + 1)
+        else:
+            self._draws.append((self._state.position, rate, acceptance, diverging))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The unnormalised joint density, and what is upstream of its energies."""

@@ -44,7 +44,13 @@ SCALES = (1e-15, 1e15)  # an improper density has no best scale; stop long befor
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean ``(D,)``, lower Cholesky factor ``(D, D)`` and evidence lower bound of a fit, in nats."""
+    """Mean ``(D,)``, lower Cholesky factor ``(D, D)`` and evidence lower bound of a fit, in nats.
+
+    Example:
+        >>> import torch
+        >>> Gaussian(torch.zeros(1), torch.eye(1), elbo=-0.5).elbo
+        -0.5
+    """
 
     loc: Tensor
     tril: Tensor

@@ -19,9 +19,10 @@ Reference:
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -36,12 +37,19 @@ from .quiet import quiet
 from .reparam import unwrap
 from .tilt import TILTED, base_of
 
-__all__ = ["Unknown", "missing_in_evidence", "refuse_doubly_intractable", "unknown_constants", "upstream"]
+__all__ = [
+    "Constants",
+    "Unknown",
+    "constants_of_evidence",
+    "refuse_doubly_intractable",
+    "unknown_constants",
+    "upstream",
+]
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """A site whose law has an unknown constant.
+    """A site whose law has a constant that is unknown, or was.
 
     Attributes:
         name: of the site.
@@ -144,12 +152,24 @@ def refuse_doubly_intractable(
             )
 
 
-def missing_in_evidence(
-    model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Sites whose constants are missing in what annealing estimates: likelihoods, and tilts of bases.
+class Constants(NamedTuple):
+    """What annealing must know of constants to call its estimate an evidence.
 
-    A prior without a base is drawn from as it is, and nothing is missing.
+    Attributes:
+        missing: sites whose constants are unknown.
+        error: standard error in nats of those that were estimated.
+    """
+
+    missing: list[str]
+    error: float
+
+
+def constants_of_evidence(
+    model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Constants:
+    """What an evidence contains of the constants of likelihoods, and of tilts of bases.
+
+    A prior without a base is drawn from as it is, and contributes nothing.
 
     Raises:
         ModelError: such a prior depends on a latent, so that its draws are not those of the unnormalised joint.
@@ -158,10 +178,11 @@ def missing_in_evidence(
         >>> import pyro, pyro_genmods as gm
         >>> tilted = gm.Energy(1, network=lambda y: y[:, 0] ** 4)
         >>> whole = gm.Energy(1, network=lambda y: y[:, 0] ** 4, base=None)
-        >>> missing_in_evidence(lambda: (pyro.sample("x", tilted()), pyro.sample("y", whole())))
-        ['x']
+        >>> constants_of_evidence(lambda: (pyro.sample("x", tilted()), pyro.sample("y", whole())))
+        Constants(missing=['x'], error=0.0)
     """
-    unknown = unknown_constants(model, args, kwargs)
+    trace = _run(model, args, kwargs)
+    unknown = _unknown(trace)
     whole = [site.name for site in unknown if not (site.observed or site.tilted)]
     for name, latents in (upstream(model, args, kwargs) if whole else {}).items():
         if latents and name in whole:
@@ -170,7 +191,18 @@ def missing_in_evidence(
                 f"{', '.join(map(repr, latents))}, so that its draws are not those of the unnormalised prior that "
                 "allow_unnormalized asks for; give the energy a base, or use infer.HMC."
             )
-    return [site.name for site in unknown if site.name not in whole]
+    return Constants([site.name for site in unknown if site.name not in whole], _error(trace))
+
+
+def _error(trace: Any) -> float:
+    """Standard error of the constants that were estimated; all events of a model share that of its own."""
+    errors: dict[int, float] = {}
+    for site in _sites(trace, lambda law: law.density is Density.ESTIMATE):
+        model, events = site.law.model, site.law.batch_shape.numel()
+        if site.observed or site.tilted:
+            error = events * getattr(model, "log_normalizer_error", 0.0)
+            errors[id(model)] = errors.get(id(model), 0.0) + error
+    return math.hypot(*errors.values())
 
 
 def _run(
@@ -190,26 +222,24 @@ def _run(
 
 
 def _unknown(trace: Any) -> list[Unknown]:
+    return _sites(trace, lambda law: law.density is Density.UNNORMALIZED)
+
+
+def _sites(trace: Any, wanted: Callable[[Any], bool]) -> list[Unknown]:
+    """Sites of models whose laws are as wanted, and factors that are the tilts of such laws."""
     found = []
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["mask"] is False:
             continue
-        if TILTED in site["infer"]:  # the factor of a site that was reparametrised by hand
-            owner, law = site["infer"][TILTED]
-            if _is_unknown(law):
-                found.append(Unknown(owner, law, False, True, name))
-            continue
-        law = site["fn"]
+        owner, law = site["infer"].get(TILTED, (name, site["fn"]))
         while hasattr(law, "base_dist"):
             law = law.base_dist
-        if _is_unknown(law):
-            tilted = law.support.is_discrete or base_of(unwrap(site["fn"])[0]) is not None
-            found.append(Unknown(name, law, site["is_observed"], tilted, name))
+        if not (hasattr(law, "density") and hasattr(law, "model") and wanted(law)):
+            continue
+        by_hand = TILTED in site["infer"]  # reparametrised
+        tilted = by_hand or law.support.is_discrete or base_of(unwrap(site["fn"])[0]) is not None
+        found.append(Unknown(owner, law, site["is_observed"] and not by_hand, tilted, name))
     return found
-
-
-def _is_unknown(law: Any) -> bool:
-    return getattr(law, "density", None) is Density.UNNORMALIZED and hasattr(law, "model")
 
 
 def _is_latent(site: dict[str, Any]) -> bool:

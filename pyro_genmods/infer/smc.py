@@ -37,7 +37,7 @@ from ..foundation.annealing import Stage, anneal
 from ..foundation.errors import ModelError, SamplingError
 from ..foundation.moves import HamiltonianMoves
 from .initialization import init_to_prior
-from .intractable import missing_in_evidence
+from .intractable import constants_of_evidence
 from .moves import EllipticalMoves
 from .potential import Potential, potential
 from .sites import refuse_estimates
@@ -67,7 +67,7 @@ class SMC:
     Attributes:
         log_evidence: logarithm of the mean over runs of the estimates of the evidence, in nats; NaN, with a warning,
             where the unknown constant of an energy is missing.
-        log_evidence_error: its standard error, from the scatter of the runs.
+        log_evidence_error: its standard error, from the scatter of the runs, and of normalisers that were estimated.
         log_evidences: of each run.
         log_unnormalized_evidence, log_unnormalized_evidences: the same with energies as they are, without their
             constants. Of a program that is one energy alone this is its :math:`\log Z`.
@@ -165,7 +165,7 @@ class SMC:
                 f"site {improper[0]!r}: its prior is improper, so there is nothing to start from and no evidence; give "
                 "it a proper prior, or use infer.HMC."
             )
-        self._missing = missing_in_evidence(self.model, args, kwargs)
+        self._constants = constants_of_evidence(self.model, args, kwargs)
         return found
 
     def _one(self, index: int, seed: int) -> tuple[Tensor, Tensor, float, list[Stage]]:
@@ -199,7 +199,8 @@ class SMC:
         z, runs = self.log_unnormalized_evidences, len(self.log_unnormalized_evidences)
         self.log_unnormalized_evidence = float(z.logsumexp(0)) - math.log(runs)
         relative = (z - self.log_unnormalized_evidence).exp()
-        self.log_evidence_error = float(relative.std() / math.sqrt(runs)) if runs > 1 else math.nan
+        scatter = float(relative.std() / math.sqrt(runs)) if runs > 1 else math.nan
+        self.log_evidence_error = math.hypot(scatter, self._constants.error)
         between = self._rows.mean(1).var(0) if runs > 1 else self._rows.new_full(self._rows.shape[2:], math.nan)
         within = self._rows.var(1).mean(0)
         spread = (1 + between / within.clamp_min(1e-30)).sqrt()
@@ -216,13 +217,13 @@ class SMC:
     def _report_evidence(self) -> None:
         """An evidence is what was estimated, if no constant is missing."""
         self.log_evidence, self.log_evidences = self.log_unnormalized_evidence, self.log_unnormalized_evidences
-        if not self._missing:
+        if not self._constants.missing:
             return
         self.log_evidence, self.log_evidences = math.nan, torch.full_like(self.log_evidences, torch.nan)
+        sites = ", ".join(map(repr, self._constants.missing))
         warnings.warn(
-            f"log_evidence is NaN: the constant of the law of {', '.join(map(repr, self._missing))} is unknown. Attach "
-            "it by shape.normalize(model); without it there is log_unnormalized_evidence, which is log Z itself if the "
-            "program is one energy alone.",
+            f"log_evidence is NaN: the constant of the law of {sites} is unknown. Attach it by shape.normalize(model); "
+            "without it there is log_unnormalized_evidence, which is log Z itself if the program is one energy alone.",
             stacklevel=3,
         )
 
@@ -264,6 +265,7 @@ class SMC:
         """Evidence, stages, effective sample sizes, and agreement of the runs."""
         return {
             "log_evidence": self.log_evidence,
+            "log_unnormalized_evidence": self.log_unnormalized_evidence,
             "log_evidence_error": self.log_evidence_error,
             "stages": self.stages,
             "agreement": self.agreement,
@@ -272,5 +274,5 @@ class SMC:
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's table, in which runs are chains, and the log evidence."""
         print_summary(self.get_samples(group_by_chain=True), prob=prob)
-        name = "log unnormalized evidence" if self._missing else "log evidence"
+        name = "log unnormalized evidence" if self._constants.missing else "log evidence"
         print(f"{name} {self.log_unnormalized_evidence:.3f} +- {self.log_evidence_error:.3f}")  # noqa: T201

@@ -25,7 +25,6 @@ from ..distribution import GenerativeDistribution
 from ..foundation.errors import DensityError, DoublyIntractableError
 
 if TYPE_CHECKING:
-    from .energy import Energy
     from .steps import Steps
 
 __all__ = ["EnergyDistribution"]
@@ -52,7 +51,7 @@ class EnergyDistribution(GenerativeDistribution):
         tensor(-2.4189)
     """
 
-    model: Energy
+    model: Any
     _report: Any = None
 
     def __init__(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..contract import GenerativeModel
 from ..foundation.chains import Plain, State, Step, langevin, mala, start
 from ..foundation.shapes import Context, Rows
-
-if TYPE_CHECKING:
-    from .energy import Energy
 
 __all__ = ["Langevin", "ReplayBuffer"]
 
@@ -100,7 +97,7 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("log_step", torch.tensor(math.log(chain.step_size)))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
-    def draw(self, model: Energy, n: int, c: Context | None, advance: bool) -> tuple[Rows, Context | None]:
+    def draw(self, model: GenerativeModel, n: int, c: Context | None, advance: bool) -> tuple[Rows, Context | None]:
         """Rows of negatives, with the contexts that they are draws at.
 
         Arguments:
@@ -130,7 +127,9 @@ class ReplayBuffer(nn.Module):
             self.positions[index], self.contexts[index] = y, told
         return y, context
 
-    def chain(self, model: Energy, y: Rows, c: Context | None, extra: Callable[[Tensor], Tensor] | None = None) -> Rows:
+    def chain(
+        self, model: GenerativeModel, y: Rows, c: Context | None, extra: Callable[[Tensor], Tensor] | None = None
+    ) -> Rows:
         """Where chains from rows arrive; in training their step size learns.
 
         Arguments:
@@ -148,7 +147,7 @@ class ReplayBuffer(nn.Module):
             self.log_step += RATE * (rate.nan_to_num(0.0) - TARGET)
         return y
 
-    def _fill(self, model: Energy, c: Context | None) -> None:
+    def _fill(self, model: GenerativeModel, c: Context | None) -> None:
         """Draws of the reference, once there are units to draw them in."""
         if int(self.filled):
             return
@@ -157,7 +156,7 @@ class ReplayBuffer(nn.Module):
         self.positions.copy_(model.reference_rows(self.size, self.contexts if c is not None else None))
         self.filled.fill_(1)
 
-    def _start_anew(self, model: Energy, y: Tensor, told: Tensor, c: Context | None) -> tuple[Tensor, Tensor]:
+    def _start_anew(self, model: GenerativeModel, y: Tensor, told: Tensor, c: Context | None) -> tuple[Tensor, Tensor]:
         anew = torch.rand(len(y), 1, device=y.device) < self.restart
         if c is not None:
             told = torch.where(anew, c[torch.randint(len(c), (len(y),), device=c.device)], told)

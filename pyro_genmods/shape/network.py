@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..contract import GenerativeModel
 from ..foundation.errors import DensityError, ShapeError
 from ..foundation.networks import place_of
-
-if TYPE_CHECKING:
-    from .energy import Energy
 
 __all__ = ["Function", "check_confining", "check_curvature", "check_network"]
 
@@ -141,7 +138,7 @@ def check_curvature(energy: Callable[[Tensor], Tensor], y: Tensor, objective: st
 
 
 @torch.no_grad()
-def check_confining(model: Energy, context: Tensor | None = None, directions: int = 64) -> None:
+def check_confining(model: GenerativeModel, context: Tensor | None = None, directions: int = 64) -> None:
     """Refuse an energy that falls without end along some ray: it has no normaliser.
 
     Arguments:

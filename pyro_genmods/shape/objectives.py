@@ -20,11 +20,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..contract import GenerativeModel
 from ..foundation.objectives import (
     contrastive_divergence,
     denoising_score_matching,
@@ -36,9 +37,6 @@ from ..foundation.shapes import Context, Rows, Values
 from .negatives import Langevin, ReplayBuffer
 from .network import check_curvature
 
-if TYPE_CHECKING:
-    from .energy import Energy
-
 __all__ = ["NCE", "Contrastive", "Denoising", "Hyvarinen", "Objective", "Recovery", "Sliced"]
 
 
@@ -48,6 +46,14 @@ class Objective(ABC):
     Attributes:
         comparable: whether its value tells the better of two models.
         told: columns of context that it adds, for the level of noise.
+
+    Example:
+        >>> import torch, pyro_genmods as gm
+        >>> class Likelihood(Objective):                    # of an energy whose constant is known to be one
+        ...     def loss(self, model, y, c):
+        ...         return -model.unnormalized_rows(y, c)
+        >>> gm.Energy(2, objective=Likelihood()).loss(torch.zeros(3, 2)).shape
+        torch.Size([3])
     """
 
     comparable: ClassVar[bool] = True
@@ -57,19 +63,19 @@ class Objective(ABC):
         """Columns that the network is told besides the context."""
         return 0
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         """Give a new model what the objective must remember, and refuse a model that it cannot teach."""
         return
 
     @abstractmethod
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         """Loss of rows of data, ``(rows,)``."""
 
     def tell(self, y: Rows, c: Context | None, level: Tensor | None) -> Tensor | None:
         """What the network is told of a context and a level of noise."""
         return c
 
-    def surrogate(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def surrogate(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         r"""A zero for each row whose gradient is that of :math:`-\log Z`; the contrastive objective has one."""
         raise NotImplementedError
 
@@ -87,10 +93,10 @@ class Hyvarinen(Objective):
         torch.Size([3])
     """
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         _check_second_derivatives(model, "hyvarinen")
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         return hyvarinen_score(lambda rows: model.score_rows(rows, c), y)
 
 
@@ -116,10 +122,10 @@ class Sliced(Objective):
         if self.directions < 1:
             raise ValueError(f"directions: got {self.directions}, needs at least 1.")
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         _check_second_derivatives(model, "sliced")
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         shape = (self.directions, *y.shape)
         signs = 2 * torch.randint(0, 2, shape, device=y.device).to(y.dtype) - 1
         return sliced_score_matching(lambda rows: model.score_rows(rows, c), y, signs)
@@ -172,7 +178,7 @@ class Denoising(Objective):
         column = y.new_full((len(y), 1), self.levels[-1]) if level is None else level
         return column.log() if c is None else torch.cat([c, column.log()], -1)
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         levels = y.new_tensor(self.levels)
         sigma = levels[torch.randint(len(levels), (len(y), 1), device=y.device)]
         noise = torch.randn_like(y)
@@ -234,20 +240,20 @@ class Contrastive(Objective):
                 f"step_size, temperature: got {self.step_size}, {self.temperature}; need positive numbers."
             )
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         chain = Langevin(self.transitions, self.kernel, self.step_size, self.temperature)
         told = model.context_shape.numel() if model.context_shape else 0
         size = self.buffer_size if self.persistent else 0
         model.negatives = ReplayBuffer(size, model.features, told, chain, self.restart)
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         if self.persistent:
             fake, told = model.negatives.draw(model, len(y), c, advance=model.training)
         else:
             fake, told = model.negatives.chain(model, y.detach(), c), c
         return contrastive_divergence(-model.unnormalized_rows(y, c), -model.unnormalized_rows(fake, told))
 
-    def surrogate(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def surrogate(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         fake, told = model.negatives.draw(model, max(len(y), 1), c, advance=model.training)
         mean = -model.unnormalized_rows(fake, told).mean()
         return (mean - mean.detach()).expand(len(y))
@@ -273,12 +279,12 @@ class NCE(Objective):
         (torch.Size([3]), 0.0)
     """
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         if model.base is None:
             raise ValueError("base: objective='nce' tells data from draws of the base, so it needs one; got None.")
         model.noise_contrast = nn.Parameter(torch.zeros((), dtype=model.place[0], device=model.place[1]))
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         fake = model.reference_rows(len(y), c)
         real, noise = (-model.energy_rows(rows, c) - model.noise_contrast for rows in (y, fake))
         return logistic_contrast(real, noise)
@@ -314,11 +320,11 @@ class Recovery(Objective):
         if not self.noise > 0 or self.transitions < 1:
             raise ValueError(f"noise, transitions: got {self.noise}, {self.transitions}; need above 0, at least 1.")
 
-    def prepare(self, model: Energy) -> None:
+    def prepare(self, model: GenerativeModel) -> None:
         chain = Langevin(self.transitions, "mala", 0.8 * self.noise)
         model.negatives = ReplayBuffer(0, model.features, 0, chain, 0.0)
 
-    def loss(self, model: Energy, y: Rows, c: Context | None) -> Values:
+    def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         noisy = y + self.noise * torch.randn_like(y)
 
         def pull(rows: Tensor) -> Tensor:
@@ -328,7 +334,7 @@ class Recovery(Objective):
         return contrastive_divergence(-model.unnormalized_rows(y, c), -model.unnormalized_rows(fake, c))
 
 
-def _check_second_derivatives(model: Energy, name: str) -> None:
+def _check_second_derivatives(model: GenerativeModel, name: str) -> None:
     y = torch.randn(8, model.features, generator=torch.Generator().manual_seed(0)).to(*reversed(model.place))
     c = y.new_zeros(8, model.context_shape.numel()) if model.context_shape else None
     check_curvature(lambda rows: model.energy_rows(rows, c), y, name)

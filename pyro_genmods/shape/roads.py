@@ -23,6 +23,7 @@ from ..contract import GenerativeModel
 from ..foundation.annealing import Annealed, Path, anneal
 from ..foundation.errors import SamplingError
 from ..foundation.ladder import Ladder
+from ..foundation.local_moves import LocalMoves
 from ..foundation.mixture import Mixture, fit_mixture
 from ..foundation.moves import HamiltonianMoves, Moves, Tempered
 from ..foundation.shapes import Context
@@ -136,7 +137,7 @@ def _from_mixture(model: Energy, mixture: Mixture) -> Start:
         q = mixture.sample(groups // batch * particles, generator).flatten(0, 1)
         told = None if c is None else c.repeat_interleave(particles, 0)
         path = _tilted(model, told, lambda y: mixture.log_prob(y.unflatten(0, (batch, -1))).flatten())
-        return path, q, HamiltonianMoves(path, q, generator, groups)
+        return path, q, LocalMoves(path, q, generator, groups, mixture)
 
     return start
 

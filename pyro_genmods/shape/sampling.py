@@ -19,19 +19,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..contract import GenerativeModel
 from ..foundation.adaptation import DualAveraging, Moments, halton, harmonic_mean
 from ..foundation.annealing import Path, anneal
 from ..foundation.chains import Info, PotentialLike, State, Step, hamiltonian, langevin, mala, start
 from ..foundation.moves import HamiltonianMoves
 from ..foundation.shapes import Context, Rows
-
-if TYPE_CHECKING:
-    from .energy import Energy
 
 __all__ = ["Annealed", "Chains", "EnergySampler", "Tuned", "path_of"]
 
@@ -41,7 +39,7 @@ LENGTH = 1.3
 Record = Callable[[State, Info, Step], None]
 
 
-def path_of(model: Energy, c: Context | None) -> Path:
+def path_of(model: GenerativeModel, c: Context | None) -> Path:
     """The geometric path from the reference to the law, at contexts of rows.
 
     Example:
@@ -84,10 +82,19 @@ class Tuned(NamedTuple):
 
 
 class EnergySampler(ABC):
-    """How an energy's law is drawn."""
+    """How an energy's law is drawn.
+
+    Example:
+        >>> import torch, pyro_genmods as gm
+        >>> class OfTheBase(EnergySampler):                 # for an energy that is zero
+        ...     def draw(self, model, rows, c):
+        ...         return model.reference_rows(rows, c)
+        >>> gm.Energy(2, sampler=OfTheBase())().sample((5,)).shape
+        torch.Size([5, 2])
+    """
 
     @abstractmethod
-    def draw(self, model: Energy, rows: int, c: Context | None) -> Rows:
+    def draw(self, model: GenerativeModel, rows: int, c: Context | None) -> Rows:
         """Draws ``(rows, features)``, each at its row of context."""
 
 
@@ -124,7 +131,7 @@ class Annealed(EnergySampler):
         if min(self.particles, self.particles_per_context) < 8:
             raise ValueError(f"particles: got {self.particles}, {self.particles_per_context}; need at least 8.")
 
-    def draw(self, model: Energy, rows: int, c: Context | None) -> Rows:
+    def draw(self, model: GenerativeModel, rows: int, c: Context | None) -> Rows:
         with torch.no_grad():
             if c is None:
                 n = max(rows, self.particles)
@@ -132,7 +139,7 @@ class Annealed(EnergySampler):
                 return y[torch.randperm(n, device=y.device)[:rows]]
             return self._at_contexts(model, c)
 
-    def _at_contexts(self, model: Energy, c: Tensor) -> Rows:
+    def _at_contexts(self, model: GenerativeModel, c: Tensor) -> Rows:
         """Each row gets a member of its own of the population of its context."""
         contexts, which = torch.unique(c, dim=0, return_inverse=True)
         most = int(torch.bincount(which).max())
@@ -146,7 +153,7 @@ class Annealed(EnergySampler):
         shuffled = torch.rand(populations.shape[:2], device=populations.device).argsort(1)
         return populations[which, shuffled[which, rank]]
 
-    def _populations(self, model: Energy, n: int, contexts: Tensor | None) -> Tensor:
+    def _populations(self, model: GenerativeModel, n: int, contexts: Tensor | None) -> Tensor:
         """Populations ``(contexts, n, features)``; one, without context."""
         groups = 1 if contexts is None else len(contexts)
         c = None if contexts is None else contexts.repeat_interleave(n, 0)
@@ -194,7 +201,7 @@ class Chains(EnergySampler):
         if min(self.warmup, self.transitions) < 0 or not self.step_size > 0 or self.least < 1:
             raise ValueError("warmup, transitions, step_size, least: need numbers of the right sign.")
 
-    def draw(self, model: Energy, rows: int, c: Context | None) -> Rows:
+    def draw(self, model: GenerativeModel, rows: int, c: Context | None) -> Rows:
         with torch.no_grad():
             n = max(rows, self.least)
             told = None if c is None else c[torch.arange(n, device=c.device) % rows]
@@ -203,7 +210,7 @@ class Chains(EnergySampler):
             path.inverse_temperature = torch.ones_like(y[:, 0])
             return self.run(path, y)[:rows]
 
-    def _begin(self, model: Energy, n: int, c: Tensor | None) -> Tensor:
+    def _begin(self, model: GenerativeModel, n: int, c: Tensor | None) -> Tensor:
         buffer = getattr(model, "negatives", None)
         if self.start == "buffer" and c is None and buffer is not None and buffer.size and int(buffer.filled):
             return buffer.positions[torch.randint(buffer.size, (n,), device=buffer.positions.device)]

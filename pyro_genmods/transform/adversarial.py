@@ -18,7 +18,7 @@ a run that is taken up again goes on in step.
 neither choose the best epoch nor be compared between two. The value of ``loss`` is therefore the energy score of
 :class:`~pyro_genmods.transform.Pushforward`: in ``train()`` mode without a part in the gradient, in ``eval()`` mode
 with it. ``critic_distance`` is the critic's estimate. The score sees gross faults and not fine ones: late epochs, whose
-draws differ in how sharp their modes are, are all alike to it within its noise. ``fit`` therefore keeps the last weights.
+draws differ in how sharp their modes are, are all alike to it within its noise, and ``fit`` keeps the last weights.
 
 References:
     I. Gulrajani, F. Ahmed, M. Arjovsky, V. Dumoulin, A. Courville, Improved Training of Wasserstein GANs, 2017,
