@@ -114,13 +114,17 @@ class Mixture(NamedTuple):
         return Mixture(log_weights, means, factors, inverses, WIDTHS)
 
 
-def fit_mixture(rows: Tensor, most: int = 16, generator: torch.Generator | None = None) -> Mixture:
+def fit_mixture(
+    rows: Tensor, most: int = 16, generator: torch.Generator | None = None, start: Mixture | None = None
+) -> Mixture:
     """The mixture of up to so many components that explains held-out rows best, one for each set of rows.
 
     Arguments:
         rows: ``(batch, n, dim)``, in no order.
         most: components.
         generator: of the choice of centres.
+        start: a mixture of rows much like these, from which to go on; only as many components and twice as many are
+            tried besides.
 
     Returns:
         In float64.
@@ -136,23 +140,28 @@ def fit_mixture(rows: Tensor, most: int = 16, generator: torch.Generator | None 
     held = n // 4
     order = torch.randperm(n, generator=generator, device=rows.device)
     train, test = rows[:, order[held:]], rows[:, order[:held]]
-    best, chosen, without, components = -math.inf, 1, 0, 1
-    while most > 1 and (components == 1 or (components <= most and n >= components * ROWS_PER_COLUMN * dim)):
-        score = float(_fitted(train, components, generator).log_prob(test).mean())
-        without = 0 if score > best + GAIN else without + 1
-        if score > best + GAIN:
-            best, chosen = score, components
-        if without == PATIENCE:
-            break
+    best, score, without = None, -math.inf, 0
+    if start is not None:
+        best = _fitted(train, start.log_parts(train).softmax(-1))
+        score = float(best.log_prob(test).mean())
+    components = 1 if start is None else start.components
+    last = most if start is None else min(most, 2 * components)
+    while components == 1 or (components <= last and n >= components * ROWS_PER_COLUMN * dim):
+        mixture = _fitted(train, _assigned(train, components, generator))
+        gained = float(mixture.log_prob(test).mean()) - score
+        without = 0 if gained > GAIN else without + 1
+        if gained > GAIN:
+            best, score = mixture, score + gained
         components *= 2
-    return _fitted(rows, chosen, generator)
+        if without == PATIENCE or components > last:
+            break
+    return _fitted(rows, best.log_parts(rows).softmax(-1))
 
 
-def _fitted(rows: Tensor, components: int, generator: torch.Generator | None) -> Mixture:
-    """So many components, by expectation and maximisation."""
-    dim = rows.shape[-1]
-    variance = rows.var(1).clamp_min(1e-30)
-    share, last = _assigned(rows, components, generator), -math.inf
+def _fitted(rows: Tensor, share: Tensor) -> Mixture:
+    """By expectation and maximisation, from what share of each row belongs to which component."""
+    dim, components = rows.shape[-1], share.shape[-1]
+    variance, last = rows.var(1).clamp_min(1e-30), -math.inf
     for _ in range(ITERATIONS):
         count, means, covariances = _moments(rows, share)
         alive = count > dim + 1

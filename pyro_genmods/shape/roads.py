@@ -26,6 +26,7 @@ from ..foundation.ladder import Ladder
 from ..foundation.local_moves import LocalMoves
 from ..foundation.mixture import Mixture, fit_mixture
 from ..foundation.moves import HamiltonianMoves, Moves, Tempered
+from ..foundation.pareto import TRUSTED, pareto_shape
 from ..foundation.shapes import Context
 
 if TYPE_CHECKING:
@@ -90,18 +91,22 @@ def pave(
     found, ladder, gradients = _pilot(model.annealing(c, _count(c), particles, generator), MOVES)
     if not model.continuous:
         return Road(model.annealing, ladder, "own", gradients)
+    mixture = None
     for index in range(ROUNDS):
         before = found.log_ratio
         rows = found.position.unflatten(0, (_count(c), particles))
-        mixture = fit_mixture(rows, base, generator).widened(rows).to(found.position)
+        mixture = fit_mixture(rows, base, generator, mixture)
+        wide = mixture.widened(rows).to(found.position)
         report(f"pilot {index + 2}")
-        start = _from_mixture(model, mixture)
-        found, ladder, more = _pilot(start(c, _count(c), particles, generator), LATER_MOVES)
+        start = _from_mixture(model, wide)
+        path, q, moves = start(c, _count(c), particles, generator)
+        covered = pareto_shape(-path.parts(q)[1].reshape(_count(c), -1)).max() < TRUSTED
+        found, ladder, more = _pilot((path, q, moves), LATER_MOVES)
         gradients += more
-        settled = float((found.log_ratio - before).abs().max()) < SETTLED / particles**0.5
-        if settled and ladder.rungs <= MOST_STAGES:
+        settled = (found.log_ratio - before).abs().max() < SETTLED / particles**0.5
+        if bool(covered & settled) and ladder.rungs <= MOST_STAGES:
             break
-    return Road(start, ladder, f"mixture of {mixture.components}", gradients)
+    return Road(start, ladder, f"mixture of {wide.components}", gradients)
 
 
 def _count(c: Context | None) -> int:
