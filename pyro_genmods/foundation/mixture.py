@@ -2,9 +2,10 @@ r"""Mixtures of Gaussians, fitted to rows: a density and a sampler for whatever 
 
 .. math:: b(x) = \sum_k w_k\, \mathcal N(x; m_k, C_k)
 
-The parameters are those of maximum likelihood, by expectation and maximisation from centres far from each other. The
-correlations of a component to which :math:`n_k` rows belong are shrunk by :math:`n_k / (n_k + d)`, and a component
-that rests on hardly more rows than columns is dropped. How many there are is decided by rows that were held out.
+The parameters are those of maximum likelihood, by expectation and maximisation from centres far from each other, and
+from wide and narrow halves of fewer components. The correlations of a component to which :math:`n_k` rows belong are
+shrunk by :math:`n_k / (n_k + d)`, and a component that rests on hardly more rows than columns is dropped. How many
+there are is decided by rows that were held out.
 
 A density from which one anneals, or draws proposals, must be *wider* than what it was fitted to:
 :meth:`Mixture.widened` lets each component grow, and adds a few that lie over all of it.
@@ -33,6 +34,7 @@ GAIN = 0.01  # nats on rows held out for which more components are taken
 PATIENCE = 2  # doublings without gain
 RIDGE = 1e-4  # added to variances of a component, relative to themselves
 LEAST_VARIANCE = 1e-8  # relative to that of all rows
+SPLIT = 1.5  # ratio of widths when a component is split
 COVER = 0.1  # share of a component that lies over all rows, when a mixture is widened
 WIDTHS = ((0.85, 1.05), (0.15, 3.0))  # shares and scales of each component then
 
@@ -101,6 +103,14 @@ class Mixture(NamedTuple):
             x = torch.where((which == k)[..., None], self.means[:, k, None] + z @ self.factors[:, k].mT, x)
         return x
 
+    def split(self) -> Mixture:
+        """A wide and a narrow component for each: where a law is of many widths these part, and centres do not."""
+        log_weights = self.log_weights.repeat(1, 2) - math.log(2)
+        means = self.means.repeat(1, 2, 1)
+        factors = torch.cat([self.factors / SPLIT, self.factors * SPLIT], 1)
+        inverses = torch.cat([self.inverses * SPLIT, self.inverses / SPLIT], 1)
+        return Mixture(log_weights, means, factors, inverses, self.widths)
+
     def widened(self, rows: Tensor) -> Mixture:
         """Wider than the rows ``(batch, n, dim)`` of which it was made, so that what they miss is not lost for good."""
         rows = rows.to(self.means)
@@ -141,20 +151,20 @@ def fit_mixture(
     order = torch.randperm(n, generator=generator, device=rows.device)
     train, test = rows[:, order[held:]], rows[:, order[:held]]
     best, score, without = None, -math.inf, 0
-    if start is not None:
-        best = _fitted(train, start.log_parts(train).softmax(-1))
-        score = float(best.log_prob(test).mean())
     components = 1 if start is None else start.components
     last = most if start is None else min(most, 2 * components)
     while components == 1 or (components <= last and n >= components * ROWS_PER_COLUMN * dim):
-        mixture = _fitted(train, _assigned(train, components, generator))
-        gained = float(mixture.log_prob(test).mean()) - score
-        without = 0 if gained > GAIN else without + 1
-        if gained > GAIN:
-            best, score = mixture, score + gained
-        components *= 2
-        if without == PATIENCE or components > last:
+        begun = [_assigned(train, components, generator)]
+        begun += [] if start is None else [start.log_parts(train).softmax(-1)]
+        begun += [] if best is None else [best.split().log_parts(train).softmax(-1)]
+        start, without = None, without + 1
+        for mixture in (_fitted(train, share) for share in begun):
+            found = float(mixture.log_prob(test).mean())
+            if found > score + GAIN:
+                best, score, without = mixture, found, 0
+        if without == PATIENCE:
             break
+        components *= 2
     return _fitted(rows, best.log_parts(rows).softmax(-1))
 
 

@@ -83,15 +83,16 @@ def mean_exp(log_values: Tensor) -> tuple[Tensor, Tensor]:
     return value, relative.std(-1) / math.sqrt(n) if n > 1 else torch.full_like(value, torch.nan)
 
 
-def thermodynamic(levels: Tensor, inverse_temperatures: Tensor) -> tuple[Tensor, Tensor]:
+def thermodynamic(levels: Tensor, inverse_temperatures: Tensor, weighted: int = 1) -> tuple[Tensor, Tensor]:
     """Thermodynamic integration, and what the rule may be wrong by.
 
-    The first step is taken by weights: a wide reference has draws at which the target is next to impossible, and no
+    The first steps are taken by weights: a wide reference has draws at which the target is next to impossible, and no
     mean energy.
 
     Arguments:
         levels: :math:`-V` of draws at every temperature, ``(rungs + 1, groups, n)``.
         inverse_temperatures: ``(rungs + 1, groups)``.
+        weighted: steps that are taken by weights.
 
     Returns:
         The corrected rule, and how much the correction is, two of ``(groups,)``.
@@ -102,8 +103,9 @@ def thermodynamic(levels: Tensor, inverse_temperatures: Tensor) -> tuple[Tensor,
         (tensor([2.]), tensor([0.]))
     """
     step = inverse_temperatures.diff(dim=0)
-    first, _ = mean_exp(torch.where(step[0, :, None] > 0, step[0, :, None] * levels[0], 0.0))
-    mean, variance = levels[1:].mean(-1), levels[1:].var(-1)
-    plain = (step[1:] * (mean[1:] + mean[:-1]) / 2).sum(0)
-    correction = (step[1:].square() * variance.diff(dim=0) / 12).sum(0)
+    gained = torch.where(step[:weighted, :, None] > 0, step[:weighted, :, None] * levels[:weighted], 0.0)
+    first = mean_exp(gained)[0].sum(0)
+    step, mean, variance = step[weighted:], levels[weighted:].mean(-1), levels[weighted:].var(-1)
+    plain = (step * (mean[1:] + mean[:-1]) / 2).sum(0)
+    correction = (step.square() * variance.diff(dim=0) / 12).sum(0)
     return first + plain - correction, correction.abs()

@@ -28,7 +28,8 @@ __all__ = ["METHODS", "Estimate", "Plan", "estimate"]
 METHODS = ("auto", "ais", "smc", "bridge", "thermodynamic", "importance")
 FINER = 8  # steps of independent particles for one of a population, at least
 MOST_RUNGS = 300  # of them, unless asked for
-INTEGRATED = 16  # temperatures of an integral, at least
+INTEGRATED = 18  # temperatures of an integral, at least
+WEIGHTED = 3  # part of them that weights take over, where there may be no mean energy
 BOUND = 3.0  # standard errors outwards
 
 Report = Callable[[str], None]
@@ -171,7 +172,8 @@ def _value(runner: _Runner, up: Passage, population: Passage, down: Passage, lad
     if method == "smc":
         return mean_exp(runner.runs(population.log_ratio))
     if method == "thermodynamic":
-        value, rule = thermodynamic(population.levels, ladder.repeated(runs).inverse_temperatures)
+        weighted = ladder.rungs // WEIGHTED
+        value, rule = thermodynamic(population.levels, ladder.repeated(runs).inverse_temperatures, weighted)
         scatter = runner.runs(value).var(1) / runs
         return runner.runs(value).mean(1), (scatter + runner.runs(rule).mean(1).square()).sqrt()
     both = [runner.runs(passage.work) for passage in (up, down)]
