@@ -489,6 +489,15 @@ def test_twisted_particles_in_eighty_dimensions(d_y):
     assert distance < 2.5 * floor
 
 
+@QUIET
+@pytest.mark.slow
+@pytest.mark.parametrize("d_y", [1, 4])
+def test_noise_space_particles_in_eighty_dimensions(d_y):
+    distance, floor, error = distances(80, d_y, 1, 400, by_noise_space(400, 10))
+    assert distance < 2.5 * floor
+    assert error < 0.25
+
+
 # -- other likelihoods, by quadrature ---------------------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ __all__ = ["Exchange"]
 TARGETS = {1: 0.44, 2: 0.35}  # acceptance of a random walk by its dimension; .25 beyond
 LENGTH, MOST_LEAPFROGS, HAMILTONIAN_TARGET = 1.3, 64, 0.7
 RESTARTS = (0.1, 0.25, 0.5, 0.75)  # of the warm-up, where scales are taken and moments start afresh
+TYPICAL_LEAPFROGS = 8.0
 STUCK = 0.01
 ROUNDING = 0.1  # nats of the accept test that may be rounding error
 
@@ -64,7 +65,7 @@ class Exchange:
             law's own sampler, which is slower, and independent of where the chain is.
         seed: makes the run repeatable; default a number drawn from torch's generator.
         init_strategy: where chains start, as in :class:`HMC`.
-        progress_bar: show acceptance.
+        progress_bar: show how far it is.
         options: ``level``, ``road``, ``max_batch``, ``transforms``, ``max_plate_nesting`` of
             :func:`pyro_genmods.infer.potential`.
 
@@ -141,7 +142,7 @@ class Exchange:
             raise SamplingError(
                 f"exchange moves are accepted in {float(self.acceptance.mean()):.1%} of cases: the walk is too wide "
                 "after so short a warm-up, or auxiliary draws differ too much from the data; take more warmup_steps or "
-                "inner transitions. Draws are kept for inspection."
+                "inner transitions, and float64 where energies are large. Draws are kept for inspection."
             )
 
     def _iterate(self, index: int) -> None:
@@ -173,6 +174,7 @@ class Exchange:
     def _place(self) -> None:
         """Chains where they start, and what is learned from them."""
         q = self.potential.initial(self.num_chains, self.init_strategy)
+        self.potential.plan((self.warmup_steps + self.num_samples) * TYPICAL_LEAPFROGS)
         self._sites, self._contexts_at = energy_sites(self.potential.program, list(self.upstream), q[0])
         self._state, self._contexts = start(q, self.potential), self._contexts_at(q)
         held, rest = int(self._held.sum()), int((~self._held).sum())

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LogNormalizer", "log_normalizer"]
 
+NUMBERS = ("value", "standard_error", "lower", "upper", "ess")
 LEAST_PARTICLES, LEAST_RUNS = 16, 2
 LEAST_ESS = 0.2
 LARGEST_ERROR, WIDEST = 0.5, 2.0  # nats, of a standard error and between the bounds
@@ -227,17 +228,12 @@ def _in_parts(model: Energy, c: Tensor | None, plan: Plan, seed: int | None, rep
 
 
 def _record(found: list[Estimate], plan: Plan, batch: torch.Size | None, exact: bool) -> LogNormalizer:
-    names = ("value", "standard_error", "lower", "upper", "ess", "shape")
-    columns = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
+    columns = {name: torch.cat([getattr(part, name) for part in found]) for name in (*NUMBERS, "shape")}
     plain, plain_error = (torch.cat([part.plain[i] for part in found]) for i in (0, 1))
     problems = _problems(columns, plain, plain_error)
     bound = "exact draws" if exact else "draws by sequential Monte Carlo, and only as good as they are"
     method = "bridge" if plan.method == "auto" else plan.method
-    shape = columns.pop("shape")
-    del shape
-    numbers = {
-        name: column.reshape(batch) if batch is not None else float(column[0]) for name, column in columns.items()
-    }
+    numbers = {name: columns[name].reshape(batch) if batch is not None else float(columns[name][0]) for name in NUMBERS}
     return LogNormalizer(
         **numbers,
         gradients=sum(part.gradients for part in found),

@@ -100,13 +100,13 @@ def pave(
         report(f"pilot {index + 2}")
         start = _from_mixture(model, wide)
         path, q, moves = start(c, _count(c), particles, generator)
-        covered = pareto_shape(-path.parts(q)[1].reshape(_count(c), -1)).max() < TRUSTED
+        covered = pareto_shape(-path.parts(q)[1].reshape(_count(c), -1)).median() < TRUSTED
         found, ladder, more = _pilot((path, q, moves), LATER_MOVES)
         gradients += more
-        settled = (found.log_ratio - before).abs().max() < SETTLED / particles**0.5
+        settled = (found.log_ratio - before).square().mean().sqrt() < SETTLED / particles**0.5
         if bool(covered & settled) and ladder.rungs <= MOST_STAGES:
             break
-    return Road(start, ladder, f"mixture of {wide.components}", gradients)
+    return Road(start, ladder, f"mixture of {mixture.components}", gradients)
 
 
 def _count(c: Context | None) -> int:
