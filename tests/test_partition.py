@@ -409,17 +409,18 @@ GATES = {  # law, and nats of error allowed
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GATES)
-def test_hard_laws_over_twenty_seeds(name):
+def test_hard_laws_over_many_seeds(name):
     build, allowed = GATES[name]
     law = build()
     truth = law.exact_log_normalizer
-    found = [log_normalizer(law, seed=seed) for seed in range(20)]
+    seeds = 20 if "10-d" in name or "funnel" in name else 5
+    found = [log_normalizer(law, seed=seed) for seed in range(seeds)]
     errors = torch.tensor([result.value - truth for result in found]).abs()
     claimed = torch.tensor([result.standard_error for result in found])
     assert bool((errors <= allowed).all()), errors
-    assert int((errors <= 3 * claimed).sum()) >= 18, errors / claimed
-    assert int(sum(result.lower < truth < result.upper for result in found)) >= 19
-    assert sum(result.ok for result in found) >= 18, [result.reason for result in found]
+    assert int((errors <= 3 * claimed).sum()) >= 0.9 * seeds - 0.5, errors / claimed
+    assert int(sum(result.lower < truth < result.upper for result in found)) >= seeds - 1
+    assert sum(result.ok for result in found) >= 0.9 * seeds - 0.5, [result.reason for result in found]
 
 
 @pytest.mark.slow
