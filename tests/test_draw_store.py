@@ -434,11 +434,11 @@ def test_kill_9(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["HMC", "MALA"])
-def test_20_kills(tmp_path, kernel):
+def test_eight_kills(tmp_path, kernel):
     script, path, rng = Script(tmp_path, kernel, 20000, 400), tmp_path / "run.zarr", random.Random(2)
     whole = script.output("none")
     reached, kills = (-1, -1), 0
-    while kills < 20:
+    while kills < 8:
         before = reached
         kills += script.kill_after("run.zarr", lambda: progress(path) > before, rng.random() * 1.0)  # noqa: B023
         reached = progress(path)
