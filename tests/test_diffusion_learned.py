@@ -17,8 +17,6 @@ from .mixtures import (
     Measurement,
     Mixture,
     correlated_gaussian,
-    grid_mixture,
-    random_measurement,
     sampling_floor,
     sliced_distance,
 )

@@ -37,6 +37,7 @@ __all__ = ["Road", "pave"]
 ROUNDS = 5  # of fitting, at most
 SETTLED = 3.0  # standard deviations of independent weights between two rounds
 MOST_STAGES = 4  # of a pilot that starts near
+MOST_LOCAL = 64  # features up to which each particle has a metric of its own
 MOVES, LATER_MOVES = 20, 6  # at a temperature, at most
 
 Beginning = tuple[Tempered, Tensor, Moves]
@@ -142,6 +143,8 @@ def _from_mixture(model: Energy, mixture: Mixture) -> Start:
         q = mixture.sample(groups // batch * particles, generator).flatten(0, 1)
         told = None if c is None else c.repeat_interleave(particles, 0)
         path = _tilted(model, told, lambda y: mixture.log_prob(y.unflatten(0, (batch, -1))).flatten())
+        if mixture.components == 2 or q.shape[1] > MOST_LOCAL:  # one, and what lies over it
+            return path, q, HamiltonianMoves(path, q, generator, groups)
         return path, q, LocalMoves(path, q, generator, groups, mixture)
 
     return start
