@@ -168,7 +168,7 @@ def populate(
     q: Tensor,
     moves: Moves,
     ladder: Ladder,
-    num_moves: tuple[int, int] = (2, 6),
+    num_moves: tuple[int, int] = (4, 8),
     report: Report | None = None,
 ) -> Passage:
     """Populations from the reference to the target, resampled at every temperature.
