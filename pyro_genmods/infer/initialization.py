@@ -57,7 +57,8 @@ def anywhere(site: dict[str, Any]) -> Tensor:
         value = _quick(fn).sample().detach()
     except NotImplementedError:
         bijection = biject_to(fn.support)
-        value = bijection(4 * torch.rand(bijection.inverse_shape(fn.shape())) - 2)
+        dtype, device = getattr(getattr(unwrap(fn)[0], "model", None), "place", (None, None))  # of a learned law
+        value = bijection(4 * torch.rand(bijection.inverse_shape(fn.shape()), dtype=dtype, device=device) - 2)
     value._pyro_custom_init = False  # any other will do: a reparameterised site starts as its strategy has it
     return value
 
