@@ -240,7 +240,7 @@ def test_the_critic_finds_the_distance_of_two_normal_laws(m, lipschitz):
     assert found == pytest.approx(abs(m), rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["game", "energy score"])
+@pytest.mark.parametrize("kind", [pytest.param("game", marks=pytest.mark.slow), "energy score"])
 def test_a_linear_generator_reaches_a_normal_law(kind):
     """W1 of the marginals, and of two oblique projections, below 0.05 standard deviations."""
     torch.manual_seed(1)
@@ -352,7 +352,7 @@ def test_a_context_that_is_inferred_is_refused():
         corrected.base_distribution()
 
 
-@pytest.mark.parametrize("engine", ["pyro", "ours", "smc"])
+@pytest.mark.parametrize("engine", ["pyro", "ours", pytest.param("smc", marks=pytest.mark.slow)])
 def test_the_corrected_posterior_of_a_linear_generator(engine):
     """``z ~ N(m, I)``, ``y = W z + b + noise``: the posterior of the shifted prior."""
     corrected, prior_mean = tilted()

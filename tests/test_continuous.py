@@ -208,7 +208,7 @@ def test_training_by_the_estimate_has_the_gradient_of_the_likelihood_on_average(
 # -- as a latent prior ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=SLOW)])
 def test_chains_of_the_traced_engine(trace):
     problem = LinearFlow(linear_flow(trace=trace, estimated=True))  # linear: off by a constant
     y = problem.data()
@@ -221,9 +221,8 @@ def test_chains_of_the_traced_engine(trace):
     assert_chain(draws, posterior.mean, posterior.covariance_matrix)
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param("NUTS", marks=SLOW), "noise-space NUTS", pytest.param("SMC", marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("method", ["NUTS", "noise-space NUTS", "SMC"])
 def test_other_samplers(method):
     problem = LinearFlow(linear_flow())
     y = problem.data()

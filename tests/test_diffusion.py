@@ -580,6 +580,7 @@ def assert_posterior(x: Tensor) -> None:
     assert torch.allclose(x.var(0).float() / VARIANCE, torch.ones(2), atol=0.1), x.var(0)
 
 
+@pytest.mark.slow
 def test_noise_space_chains_find_the_posterior():
     prior = correlated().sampled_by(evolve.AdamsBashforth(8))
     model = pyro.poutine.reparam(observed(prior), {"x": gm.infer.PushforwardReparam()})
@@ -604,6 +605,7 @@ def test_tempered_particles_find_posterior_and_evidence():
     assert_posterior(push(prior, smc.get_samples()["x_base"]))
 
 
+@pytest.mark.slow
 def test_the_score_as_a_force_finds_the_posterior_and_is_cheap():
     prior = correlated()
     mcmc = gm.infer.MCMC(
@@ -881,6 +883,7 @@ def test_columns_without_a_density_are_refused():
     assert model().log_prob(few).isfinite().all(), "fewer rows than columns are shrunk, not refused"
 
 
+@pytest.mark.slow
 def test_the_engine_drops_the_density_from_the_force():
     """A leapfrog by the score costs at most a fiftieth of one by the gradient of the density."""
     prior = gm.Diffusion(2, solver=evolve.RK4(8)).freeze()

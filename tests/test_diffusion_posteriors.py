@@ -138,7 +138,7 @@ def gaussian():
     return prior, program(prior, linear(measurement)), measurement.y, mean, covariance.diagonal(), log_evidence
 
 
-@pytest.mark.parametrize(("init", "steps"), [("gaussian", 50), ("given", 600)])
+@pytest.mark.parametrize(("init", "steps"), [("gaussian", 50), pytest.param("given", 600, marks=pytest.mark.slow)])
 def test_a_flow_guide_is_the_posterior(gaussian, init, steps):
     """From the Gaussian fit, which is the posterior and must stay it, and from far away."""
     prior, model, y, mean, variance, log_evidence = gaussian
@@ -158,9 +158,8 @@ def test_a_flow_guide_is_the_posterior(gaussian, init, steps):
     assert (x.var(0) / variance - 1).abs().max() < 0.06
 
 
-@pytest.mark.parametrize(
-    ("kernel", "thinning"), [(gm.infer.HMC, 1), pytest.param(gm.infer.MALA, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "thinning"), [(gm.infer.HMC, 1), (gm.infer.MALA, 4)])
 def test_chains_are_the_posterior(gaussian, kernel, thinning):
     prior, model, y, mean, variance, _ = gaussian
     mcmc = gm.infer.MCMC(kernel(model, level="graph"), 150, 150, 64, thinning=thinning, **OPTIONS)

@@ -235,7 +235,7 @@ def test_graph_of_the_gradient_holds_the_force_only_and_of_the_value_the_value_o
     assert operations(cheap) == operations(expensive) >= STEPS
 
 
-@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize("tempered", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_engine_records_force_and_value_apart(tempered):
     """Steps of the value are seen in the graph of the value alone, operations of the force in that of the force."""
     counts = {}
@@ -304,7 +304,9 @@ def test_leapfrog_keeps_volume_and_returns():
     assert (q - state[:2]).abs().max() > 0.1 and (back[0] - state[:2]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("kernel", "options"), [(infer.HMC, {"num_steps": 4}), (infer.MALA, {})])
+@pytest.mark.parametrize(
+    ("kernel", "options"), [(infer.HMC, {"num_steps": 4}), pytest.param(infer.MALA, {}, marks=pytest.mark.slow)]
+)
 def test_posterior_under_a_wrong_force_is_right(kernel, options):
     mean, covariance = posterior()
     with allowed():

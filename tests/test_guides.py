@@ -304,6 +304,7 @@ def test_the_first_bound_is_that_of_a_trained_normal_and_the_last_is_better(name
         assert -0.3 < last < 5 * last_error
 
 
+@pytest.mark.slow
 def test_the_first_bound_on_a_short_run():
     normal = AutoMultivariateNormal(banana)
     train(banana, normal, 250, 5e-2)

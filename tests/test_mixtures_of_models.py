@@ -177,6 +177,7 @@ def test_a_continuous_mixture_is_the_sum_over_its_points():
         assert torch.allclose(model().log_prob(x).exp(), by_hand, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_continuous_mixture_learns_a_common_cause():
     """Six entries that agree nine times in ten with a hidden coin: the law is known."""
     generator = torch.Generator().manual_seed(0)

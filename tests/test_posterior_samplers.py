@@ -177,7 +177,11 @@ def test_negative_curvature_is_left_away():
     assert_close(alone, b[2:3, :, : alone.shape[-1]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+@pytest.mark.parametrize(
+    "guidance",
+    [pytest.param(g, marks=pytest.mark.slow if g in (PiGDM(), MomentMatching()) else ()) for g in GUIDANCES],
+    ids=str,
+)
 def test_a_row_alone_is_the_row_in_company(problem, guidance):
     prior, measurement = problem
 
@@ -185,7 +189,7 @@ def test_a_row_alone_is_the_row_in_company(problem, guidance):
         return torch.distributions.StudentT(3.0, x @ measurement.a.mT, 0.5).log_prob(measurement.y).sum(-1)
 
     denoiser = guidance.around(prior.denoiser, WhiteLikelihood(log_likelihood, prior))
-    u = torch.randn(64, 8).double() * torch.linspace(0.1, 5, 64).double()[:, None]
+    u = torch.randn(24, 8).double() * torch.linspace(0.1, 5, 24).double()[:, None]
     for t in (0.02, 0.8, math.pi / 2):
         together = denoiser.velocity(torch.tensor(t).double(), u, None)
         alone = torch.cat([denoiser.velocity(torch.tensor(t).double(), row[None], None) for row in u])
@@ -518,6 +522,7 @@ def check_against(found, truth, tolerance=0.04):
     assert abs(found.log_evidence - log_evidence) < tolerance
 
 
+@pytest.mark.slow
 def test_counts():
     prior, y = standard_normal(1), torch.tensor([7.0, 9.0, 4.0])
 
@@ -529,6 +534,7 @@ def test_counts():
     check_against(TwistedSMC(prior, log_likelihood, 8000, seed=0).run(), truth)
 
 
+@pytest.mark.slow
 def test_classes():
     law, _ = correlated_gaussian()
     features = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, 2.0], [0.5, -3.0]]).double()

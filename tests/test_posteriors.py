@@ -70,7 +70,10 @@ def by(method: str, problem: LinearGaussian, model: Model, y: Tensor, draws: int
     return push_base(problem.prior, chain(noisy(model), y, draws=draws))
 
 
-@pytest.mark.parametrize(("name", "method"), [("maf", "NUTS"), ("nice", "HMC"), ("maf-sampling", "noise-space NUTS")])
+COPIES = [("maf", "NUTS"), ("nice", "HMC"), ("maf-sampling", "noise-space NUTS")]
+
+
+@pytest.mark.parametrize(("name", "method"), [pytest.param(*c, marks=() if c[1] == "HMC" else SLOW) for c in COPIES])
 def test_chains_on_many_copies(name, method):
     problem = LinearGaussian(affine_flow(**PRIORS[name]))
     y = problem.data(16)
@@ -225,7 +228,8 @@ def test_both_spaces_have_the_same_posterior_density():
     assert volume.std() > 0.1, "the flow is affine"
 
 
-@pytest.mark.parametrize("space", [pytest.param("data", marks=SLOW), "noise"])
+@SLOW
+@pytest.mark.parametrize("space", ["data", "noise"])
 def test_a_spline_flow_against_quadrature(space):
     prior, noise = wavy_prior(), 0.6
     y = prior().sample((32,)) + noise * torch.randn(32, 2)
@@ -244,6 +248,7 @@ def test_a_spline_flow_against_quadrature(space):
 # -- a flow as a likelihood -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_likelihood_with_a_latent_context():
     """Every copy has five events of one unknown context, whose posterior is a one-dimensional integral."""
     flow = gm.Flow(rough(zuko.flows.NICE(2, context=1, transforms=2, hidden_features=(8,)), 0.4)).freeze()

@@ -196,7 +196,7 @@ def test_any_module_is_a_prior_with_nothing_else():
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 2)], ids=["injective", "more noise than data"])
-@pytest.mark.parametrize("engine", ["pyro", "ours", "smc"])
+@pytest.mark.parametrize("engine", [pytest.param("pyro", marks=pytest.mark.slow), "ours", "smc"])
 def test_the_posterior_of_a_linear_generator(shape, engine):
     model, noise = linear(*shape, dtype=torch.float32).freeze(), 0.9
     weight, bias = model.generator.weight.double(), model.generator.bias.double()

@@ -393,7 +393,10 @@ def noise_posterior(weight: Tensor, bias: Tensor, y: Tensor, noise: float) -> tu
 
 @pytest.mark.parametrize(
     ("shape", "settings"),
-    [((3, 2), {"kernel": NUTS, "max_tree_depth": 4}), ((2, 3), {"kernel": HMC, "step_size": 0.4, "num_steps": 4})],
+    [
+        pytest.param((3, 2), {"kernel": NUTS, "max_tree_depth": 4}, marks=pytest.mark.slow),
+        ((2, 3), {"kernel": HMC, "step_size": 0.4, "num_steps": 4}),
+    ],
     ids=["NUTS, less noise than data", "HMC, more noise than data"],
 )
 def test_a_sampler_without_density_has_the_right_posterior(shape, settings):
@@ -404,7 +407,9 @@ def test_a_sampler_without_density_has_the_right_posterior(shape, settings):
     assert_chain(draws, mean, covariance)
 
 
-@pytest.mark.parametrize("guide_class", [AutoNormal, AutoMultivariateNormal, gm.infer.AutoFlow])
+@pytest.mark.parametrize(
+    "guide_class", [AutoNormal, AutoMultivariateNormal, pytest.param(gm.infer.AutoFlow, marks=pytest.mark.slow)]
+)
 def test_guides_over_noise(guide_class):
     """A full guide finds the posterior of the noise, a factorised one its mean and its precisions."""
     law, noise = generator(), 1.0

@@ -432,7 +432,9 @@ def test_autoguides(problem, name):
     assert abs(float(found - expected)) < 0.1
 
 
-@pytest.mark.parametrize("guide_class", [AutoMultivariateNormal, gm.infer.AutoFlow])
+@pytest.mark.parametrize(
+    "guide_class", [AutoMultivariateNormal, pytest.param(gm.infer.AutoFlow, marks=pytest.mark.slow)]
+)
 def test_neural_transport(problem, guide_class):
     y = problem.data()
     posterior = problem.posterior(y)

@@ -104,6 +104,7 @@ def test_weights_of_modes(moves):
     assert abs(smc.log_evidence - exact) < NATS
 
 
+@pytest.mark.slow
 def test_elliptical_slices_in_the_noise_space_of_a_learned_prior():
     problem = LinearGaussian(affine_flow("nice", dtype=DOUBLE), 0.3)
     model = poutine.reparam(problem.model, {"x": gm.infer.PushforwardReparam()})
@@ -294,6 +295,7 @@ def test_what_cannot_be_done_is_refused():
 # -- tempering --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tempered_chains_find_the_weights_of_modes_and_plain_ones_do_not():
     kernel = gm.infer.ParallelTempering(two_modes, num_temperatures=6)
     mcmc = gm.infer.MCMC(kernel, 500, 150, 32, **OPTIONS)
@@ -341,6 +343,7 @@ def test_tempering_refuses_options_that_it_would_ignore():
         gm.infer.ParallelTempering(two_modes, step_size=0.1)
 
 
+@pytest.mark.slow
 def test_tempering_inside_pyro():
     kernel = gm.infer.ParallelTempering(lambda: two_modes(dim=1), num_temperatures=6)
     pyro.set_rng_seed(1)
