@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..foundation.causal import transformed
-from ..foundation.errors import ShapeError
+from ..foundation.resampling import ancestor_rows
 from .denoiser import Denoiser
 from .lost import LostRowsError
 from .samplers import Ancestral
@@ -136,10 +136,7 @@ class Steps:
     def fork(self, ancestors: Tensor) -> None:
         """Replace particles by copies of others, ``(particles,)`` row numbers, before they move on."""
         rows = len(self._step.noisy) if self._step is not None else len(self._u)
-        if ancestors.is_floating_point() or ancestors.shape != (rows,):
-            raise ShapeError(
-                f"ancestors: got {tuple(ancestors.shape)} of {ancestors.dtype}, needs {rows} particle numbers."
-            )
+        ancestors = ancestor_rows(ancestors, torch.Size((rows,)))
         if self._context is not None:
             self._context = self._context[ancestors]
         if self._step is not None:

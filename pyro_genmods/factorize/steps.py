@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distribution import GenerativeDistribution
-from ..foundation.errors import ShapeError
+from ..foundation.resampling import ancestor_rows
 from .walk import Walk
 
 __all__ = ["Step", "Steps"]
@@ -88,15 +88,9 @@ class Steps:
         Arguments:
             ancestors: ``(n,)``, or ``(n, *batch_shape)`` where members of the batch differ.
         """
-        n, batch = self._shape[0], self._shape[1:].numel()
-        if ancestors.is_floating_point() or ancestors.shape not in (self._shape[:1], self._shape):
-            raise ShapeError(
-                f"ancestors: got {tuple(ancestors.shape)} of {ancestors.dtype}, needs {n} particle numbers, or one for "
-                f"each member of the batch, {tuple(self._shape)}."
-            )
-        index = ancestors.reshape(n, -1).expand(n, batch) * batch + torch.arange(batch, device=ancestors.device)
-        self._walk = self._walk.fork(index.flatten())
-        self.log_prob = self.log_prob.flatten()[index.flatten()].reshape(self._shape)
+        index = ancestor_rows(ancestors, self._shape)
+        self._walk = self._walk.fork(index)
+        self.log_prob = self.log_prob.flatten()[index].reshape(self._shape)
 
     def look_ahead(self) -> Tensor:
         """Finished events ``(n, *batch_shape, *event_shape)``: what is missing is drawn, on copies of the caches."""

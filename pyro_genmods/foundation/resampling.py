@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import SamplingError
+from .errors import SamplingError, ShapeError
 
-__all__ = ["effective_sample_size", "systematic"]
+__all__ = ["ancestor_rows", "effective_sample_size", "systematic"]
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -59,3 +59,26 @@ def systematic(log_weights: Tensor, generator: torch.Generator | None = None) ->
     offset = torch.empty_like(top).uniform_(generator=generator)
     points = (torch.arange(n, dtype=torch.float64, device=top.device) + offset) / n
     return torch.searchsorted(reached, points.clamp_max(1 - 1e-15), right=True).clamp_max(n - 1)
+
+
+def ancestor_rows(ancestors: Tensor, shape: torch.Size) -> Tensor:
+    """Flat row numbers of the ancestors of particles ``shape``, ``(particles, *batch_shape)``.
+
+    Arguments:
+        ancestors: ``(particles,)``, or ``shape`` where members of the batch differ.
+
+    Raises:
+        ShapeError: neither, or no integers.
+
+    Example:
+        >>> ancestor_rows(torch.tensor([1, 1]), torch.Size([2, 3]))
+        tensor([3, 4, 5, 3, 4, 5])
+    """
+    n, batch = shape[0], shape[1:].numel()
+    if ancestors.is_floating_point() or ancestors.shape not in (shape[:1], shape):
+        raise ShapeError(
+            f"ancestors: got {tuple(ancestors.shape)} of {ancestors.dtype}, needs {n} particle numbers, or one for "
+            f"each member of the batch, {tuple(shape)}."
+        )
+    index = ancestors.reshape(n, -1).expand(n, batch) * batch + torch.arange(batch, device=ancestors.device)
+    return index.flatten()

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..foundation.errors import ShapeError
 from ..foundation.moves import HamiltonianMoves
+from ..foundation.resampling import ancestor_rows
 from .sampling import new_generator, path_of
 
 __all__ = ["Step", "Steps"]
@@ -110,16 +110,10 @@ class Steps:
         Arguments:
             ancestors: ``(particles,)``, or ``(particles, *batch_shape)`` where members of the batch differ.
         """
-        n, batch = self._shape[0], self._shape[1:].numel()
-        if ancestors.is_floating_point() or ancestors.shape not in (self._shape[:1], self._shape):
-            raise ShapeError(
-                f"ancestors: got {tuple(ancestors.shape)} of {ancestors.dtype}, needs {n} particle numbers, or one for "
-                f"each member of the batch, {tuple(self._shape)}."
-            )
-        index = ancestors.reshape(n, -1).expand(n, batch) * batch + torch.arange(batch, device=ancestors.device)
-        self._y = self._y[index.flatten()]
+        index = ancestor_rows(ancestors, self._shape)
+        self._y = self._y[index]
         if self._context is not None:
-            self._context = self._context[index.flatten()]
+            self._context = self._context[index]
         self.log_weights = torch.zeros_like(self.log_weights)
 
     @torch.no_grad()
