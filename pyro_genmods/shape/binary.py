@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.func import functional_call
 
-from ..contract import Cost, Density, GenerativeModel
+from ..contract import Cost
 from ..foundation.annealing import Path
 from ..foundation.bits import MOST_BITS, log_sum_over_bits
 from ..foundation.errors import DensityError
@@ -37,8 +37,8 @@ from .binary_law import BinaryDistribution
 from .binary_objectives import BINARY_OBJECTIVES
 from .binary_sampling import BINARY_SAMPLERS, Enumerated
 from .normalizer import Normalizer
-from .objectives import Objective
-from .sampling import EnergySampler, new_generator
+from .sampling import new_generator
+from .unnormalized import UnnormalizedModel, named
 
 __all__ = ["BinaryEnergy", "IndependentBits"]
 
@@ -75,7 +75,7 @@ class IndependentBits(nn.Module):
         return bernoulli(self.logits.expand(rows, -1), generator)
 
 
-class BinaryEnergy(GenerativeModel):
+class BinaryEnergy(UnnormalizedModel):
     r"""A law of binary events by its energy; the discrete energies of this room derive from it.
 
     Subclasses say how bits are moved (:meth:`moves`), and how the constant is summed (:meth:`log_normalizer_rows`)
@@ -97,45 +97,30 @@ class BinaryEnergy(GenerativeModel):
     continuous: ClassVar[bool] = False
     base: ClassVar[None] = None
     log_base_normalizer: ClassVar[float] = 0.0
-    report: Any = None  # of the chains of an energy of real numbers
     summing_calls: ClassVar[int] = 0  # of the network, for the constant
 
     def __init__(self, event_shape: tuple[int, ...], context_features: int, network: nn.Module, **options: Any) -> None:
         context_shape = (context_features,) if context_features else ()
         super().__init__(event_shape, context_shape, constraints.boolean, native=True)
         self.network = network
-        self.learn: str | None = options.get("learn")
-        self.allow_unnormalized: bool = options.get("allow_unnormalized", False)
+        self.allow_unnormalized = options.get("allow_unnormalized", False)
         self.fitted = _reference(options.get("reference", "fitted"))
         self.reference = IndependentBits(self.features)
         self.normalized: bool = options.get("normalized", False)
         self.normalizer = Normalizer(self.log_normalizer_rows if self.normalized else None)
         objective = options.get("objective") or ("likelihood" if self.normalized else "contrastive")
         sampler = options.get("sampler") or ("exact" if self.enumerable else "annealed")
-        self.objective: Objective = named("objective", objective, BINARY_OBJECTIVES)
-        self.sampler: EnergySampler = named("sampler", sampler, BINARY_SAMPLERS)
-        self.objective.prepare(self)
-        if self.learn is not None and (self.learn != "contrastive" or not hasattr(self, "negatives")):
-            raise ValueError(
-                f"learn: got {self.learn!r}, needs None, or 'contrastive' with an objective that keeps chains, "
-                "objective='contrastive'."
-            )
+        self.learn_and_sample_by(
+            named("objective", objective, BINARY_OBJECTIVES),
+            named("sampler", sampler, BINARY_SAMPLERS),
+            options.get("learn"),
+        )
 
     def forward(self, context: Tensor | None = None) -> BinaryDistribution:
         """The law at a context, see :meth:`pyro_genmods.GenerativeModel.forward`."""
         return BinaryDistribution(self, context)
 
     # -- facts ---------------------------------------------------------------------------------------------------
-
-    @property
-    def density(self) -> Density:
-        """Exact with a constant that is summed, an estimate with one that is estimated, else up to a constant."""
-        return self.normalizer.density
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the loss says which of two epochs is better; contrasts with draws of the model do not."""
-        return self.objective.comparable
 
     @property
     def takes_any_dtype(self) -> bool:
@@ -152,17 +137,7 @@ class BinaryEnergy(GenerativeModel):
         summed = self.summing_calls if self.normalized else 0
         return Cost(sample=1 if isinstance(self.sampler, Enumerated) else None, score=1 + summed)
 
-    @property
-    def log_normalizer_error(self) -> float:
-        """Standard error of the normaliser in nats: 0 where exact, NaN without one."""
-        return self.normalizer.error
-
     # -- learning ------------------------------------------------------------------------------------------------
-
-    def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The objective per example, see :mod:`pyro_genmods.shape.binary_objectives`."""
-        y, c = self.rows(x, context)
-        return self.objective.loss(self, y, c)
 
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Learn the units of the context, and the frequencies of the reference; bits have no units."""
@@ -306,25 +281,6 @@ def _reference(reference: str) -> bool:
     if reference not in ("fitted", "uniform"):
         raise ValueError(f"reference: got {reference!r}, needs 'fitted' (to the data), or 'uniform'.")
     return reference == "fitted"
-
-
-def named(name: str, given: Any, known: dict[str, type]) -> Any:
-    """An object of options, or the one that a name stands for.
-
-    Raises:
-        ValueError: the name is unknown.
-
-    Example:
-        >>> named("sampler", "exact", BINARY_SAMPLERS)
-        Enumerated()
-    """
-    if not isinstance(given, str):
-        return given
-    if given not in known:
-        raise ValueError(
-            f"{name}: got {given!r}, needs one of {', '.join(map(repr, known))}, or an object of one's own."
-        )
-    return known[given]()
 
 
 def check_summed(bits: int, what: str) -> None:

@@ -45,13 +45,14 @@ from .network import Function, check_confining, check_network
 from .normalizer import Normalizer
 from .objectives import OBJECTIVES, Objective
 from .sampling import SAMPLERS, EnergySampler, path_of
+from .unnormalized import UnnormalizedModel, named
 
 __all__ = ["Energy"]
 
 EnergyFunction = Callable[..., Tensor]
 
 
-class Energy(GenerativeModel):
+class Energy(UnnormalizedModel):
     r"""A base tilted by a network, :math:`p(x) \propto b(x)\, e^{-E(x)}`.
 
     Arguments:
@@ -103,7 +104,6 @@ class Energy(GenerativeModel):
 
     has_rsample = False
     continuous: ClassVar[bool] = True  # rows are real numbers, on which a fitted law can be put
-    report: Any = None
 
     def __init__(
         self,
@@ -131,17 +131,15 @@ class Energy(GenerativeModel):
                 f"event_shape {tuple(shape)} on {support} has {self.features} coordinates, features is {features}."
             )
         self._take_base(base, tilted, context_features)
-        self.objective = _named("objective", objective, OBJECTIVES)
-        self.sampler = _named("sampler", sampler, SAMPLERS)
-        told = context_features + self.objective.told
+        objective = named("objective", objective, OBJECTIVES)
+        sampler = named("sampler", sampler, SAMPLERS)
+        told = context_features + objective.told
         self.network = self._make_network(network, told, hidden_features)
-        self.learn, self.allow_unnormalized = learn, allow_unnormalized
+        self.allow_unnormalized = allow_unnormalized
         self.normalizer = Normalizer(log_normalizer)
         self.to(*reversed(place_of(self.network) if list(self.network.parameters()) else self.place))
         check_network(self.network, self.features, told)
-        self.objective.prepare(self)
-        if learn is not None and (learn != "contrastive" or not hasattr(self, "negatives")):
-            raise ValueError(f"learn: got {learn!r}, needs None, or 'contrastive' with objective='contrastive'.")
+        self.learn_and_sample_by(objective, sampler, learn)
 
     def _take_base(self, base: Any, tilted: GenerativeModel | None, context_features: int) -> None:
         if tilted is None:
@@ -175,31 +173,11 @@ class Energy(GenerativeModel):
     # -- facts ---------------------------------------------------------------------------------------------------
 
     @property
-    def density(self) -> Density:
-        """How honest ``log_prob`` is: up to a constant, or up to the error of the attached normaliser."""
-        return self.normalizer.density
-
-    @property
-    def comparable(self) -> bool:
-        """Whether the loss says which of two epochs is better; contrasts with draws of the model do not."""
-        return self.objective.comparable
-
-    @property
     def cost(self) -> Cost:
         """A chain to draw, one call to score."""
         return Cost(sample=None, score=1)
 
-    @property
-    def log_normalizer_error(self) -> float:
-        """Standard error of the attached normaliser in nats; NaN without one."""
-        return self.normalizer.error
-
     # -- learning ------------------------------------------------------------------------------------------------
-
-    def loss(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The objective per example, see :mod:`pyro_genmods.shape.objectives`."""
-        y, c = self.rows(x, context)
-        return self.objective.loss(self, y, c)
 
     def standardize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Learn the units of data and context, and the moments of a Gaussian base; those of a given base stay.
@@ -318,13 +296,3 @@ def _event(
         raise ShapeError("features: give the number of features, or an event_shape.")
     support = support or constraints.real
     return Size(event_shape) if event_shape is not None else event_shape_on(support, Size([features])), support
-
-
-def _named(name: str, given: Any, known: dict[str, type]) -> Any:
-    if not isinstance(given, str):
-        return given
-    if given not in known:
-        raise ValueError(
-            f"{name}: got {given!r}, needs one of {', '.join(map(repr, known))}, or an object of one's own."
-        )
-    return known[given]()
