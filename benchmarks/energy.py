@@ -84,12 +84,13 @@ OBJECTIVES: dict[str, Callable[[], shape.Objective]] = {
     "CD, 10 MALA": lambda: shape.Contrastive(transitions=10, persistent=False, step_size=0.3),
     "recovery": lambda: shape.Recovery(noise=0.5, transitions=20),
     "NCE": shape.NCE,
+    "NCE, 8 draws": lambda: shape.NCE(8),
     "denoising": lambda: shape.Denoising(0.05),
     "sliced": shape.Sliced,
 }
 
 
-def learned(objective: shape.Objective, rate: float = 5e-3, seed: int = 0, steps: int = STEPS) -> gm.Energy:
+def learned(objective: shape.Objective, rate: float = 1e-2, seed: int = 0, steps: int = STEPS) -> gm.Energy:
     """An energy of the ring after so many steps on fresh data."""
     torch.manual_seed(seed)
     model = gm.Energy(2, objective=objective)
@@ -108,7 +109,7 @@ def learned(objective: shape.Objective, rate: float = 5e-3, seed: int = 0, steps
 def learn() -> None:
     print("objective       rate    divergence   seconds of processor time")
     for name, make in OBJECTIVES.items():
-        for rate in (5e-3, 2e-3):
+        for rate in (1e-2, 5e-3):
             start = time.process_time()
             model = learned(make(), rate)
             used = time.process_time() - start

@@ -593,7 +593,7 @@ NEURAL: dict[str, Any] = {"signal": 4, "network": HIDDEN, "transforms": 1, **HID
 BERNSTEIN: dict[str, Any] = {"degree": 8, "transforms": 1, **HIDDEN}
 SQUARES: dict[str, Any] = {"degree": 3, "polynomials": 2, "transforms": 1, **HIDDEN}
 SOLVED: dict[str, Any] = {"tolerance": 1e-3}
-ODE: dict[str, Any] = {"tolerance": 5e-3, "exactness": 1e-4, "adaptive": True, "costly": True}
+ODE: dict[str, Any] = {"tolerance": 5e-3, "exactness": 1e-4, "adaptive": True, "costly": True, "core": False}
 ADAPTIVE: dict[str, Any] = {"adaptive": True, "costly": True, "core": False}
 COSTLY: dict[str, Any] = {"costly": True, **SOLVED}
 INTEGRAL: dict[str, Any] = {"exactness": 1e-4, **COSTLY}
@@ -774,7 +774,7 @@ LAWS: tuple[Law, ...] = (
     diffusion("diffusion-denoised-context", own=True, context=2, parameterization="denoised", facts={"core": False}),
     diffusion("diffusion-noise", own=True, parameterization="noise", solver=gm.evolve.Heun(32), facts={"core": False}),
     diffusion("diffusion-score", own=True, parameterization="score", facts={"core": False}),
-    diffusion("diffusion-energy", parameterization="energy"),
+    diffusion("diffusion-energy", parameterization="energy", facts={"costly": True, "core": False}),
     diffusion("diffusion-hutchinson", trace="hutchinson"),
     diffusion("diffusion-dropout", context=2, context_dropout=0.5, likelihood_weighting=True, facts={"core": False}),
     diffusion("diffusion-two-steps", sampler=gm.evolve.AdamsBashforth(4)),
@@ -860,9 +860,29 @@ LAWS: tuple[Law, ...] = (
 )
 
 
+# Further ways to build what other rows build, each call of which solves an equation: asked in the slow half alone.
+DEAR = {
+    "cnf-context-positive",
+    "cnf-sampling",
+    "continuous-adaptive",
+    "continuous-hutchinson-network",
+    "continuous-network",
+    "continuous-network-context",
+    "continuous-transport",
+    "diffusion-denoised-context",
+    "diffusion-dropout",
+    "diffusion-hutchinson",
+    "diffusion-network",
+    "diffusion-noise",
+    "diffusion-score",
+    "diffusion-white",
+    "pushforward-manifold",
+}
+
+
 def rows(keep: Callable[[Law], bool] = lambda law: True, slow: Callable[[Law], bool] = lambda law: False) -> Any:
-    """Parametrise a test with the rows that it is about, the ``slow`` ones among them marked."""
+    """Parametrise a test with the rows that it is about, the ``slow`` and dear ones among them marked."""
     kept = [law for law in LAWS if keep(law)]
     assert kept, "no row of the table is left"
-    marks = {law.id: [pytest.mark.slow] if slow(law) else [] for law in kept}
+    marks = {law.id: [pytest.mark.slow] if slow(law) or law.id in DEAR else [] for law in kept}
     return pytest.mark.parametrize("law", [pytest.param(law, id=law.id, marks=marks[law.id]) for law in kept])

@@ -86,6 +86,10 @@ def test_the_logistic_contrast_is_least_at_the_log_ratio():
     nothing = torch.full_like(r, -math.inf)
     expected = (p * logistic_contrast(r, nothing) + q * logistic_contrast(-nothing, r)).sum()
     assert torch.autograd.grad(expected, r)[0].abs().max() < 1e-12
+    draws = torch.randint(2, (2, 5))  # of the second law, five for each datum
+    odds = torch.sigmoid(r - math.log(5)).detach()
+    loss = logistic_contrast(r.detach(), r.detach()[draws])
+    assert torch.allclose(loss, -odds.log() - (1 - odds[draws]).log().sum(1))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 128), (128, 128)])

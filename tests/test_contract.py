@@ -128,7 +128,7 @@ def test_a_row_keeps_its_promises(law):
 # -- the Pyro contract ------------------------------------------------------------------------------------------------
 
 
-@rows()
+@rows(slow=lambda law: law.adaptive)
 def test_shapes(law):
     event = Size(law.event_shape)
     for batch in ((), (4,), (2, 3)):
@@ -195,7 +195,7 @@ def test_context_broadcasts(law):
     assert close(law, told(law, column, x), told(law, model(context[:, :1].expand(2, 3, -1)), x))
 
 
-@rows()
+@rows(slow=lambda law: law.adaptive or (law.costly and at_leisure(law)))
 def test_any_leading_dimensions_equal_a_loop(law):
     model, context, batch = shared(law), law.contexts(2, 3), Size([2, 3])
     d = model(context) if law.context else model().expand(batch)

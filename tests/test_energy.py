@@ -60,11 +60,12 @@ def test_the_precision_of_a_gaussian(name, features):
     assert float(model.network.precision.detach()) == pytest.approx(truth, rel=0.05)
 
 
-def test_noise_contrast_learns_precision_and_constant():
+@pytest.mark.parametrize("draws", [1, 4])
+def test_noise_contrast_learns_precision_and_constant(draws):
     """A base of variance 9 tilted to one of 4: the tilt has precision 1/4 - 1/9, and log Z = log(2 / 3)."""
     torch.manual_seed(0)
     base = gm.shape.Gaussian(torch.zeros(1), 9 * torch.eye(1), normalized=True)
-    model = gm.Energy(network=Quadratic(0.0), base=base, objective="nce")
+    model = gm.Energy(network=Quadratic(0.0), base=base, objective=shape.NCE(draws))
     gm.fit(model, 2 * torch.randn(20000, 1), max_epochs=10, batch_size=500, learning_rate=0.02, **QUIET)
     assert float(model.network.precision.detach()) == pytest.approx(1 / 4 - 1 / 9, rel=0.05)
     assert float(model.noise_contrast.detach()) == pytest.approx(math.log(2 / 3), abs=0.02)
@@ -108,7 +109,7 @@ def test_the_ring_is_learned_as_well_as_by_exact_likelihood():
     exact = benchmark.divergence(benchmark.learned(benchmark.Exact()))
     chains = benchmark.learned(benchmark.OBJECTIVES["CD, 10 MALA"]())
     assert benchmark.divergence(chains) < exact + 0.05, exact
-    contrast = benchmark.learned(shape.NCE())
+    contrast = benchmark.learned(shape.NCE(8))
     assert abs(float(contrast.noise_contrast - benchmark.grid_log_normalizer(contrast))) < 0.05
 
 
@@ -329,6 +330,7 @@ def test_bad_options():
         (lambda: shape.Denoising(-1.0), "positive"),
         (lambda: shape.Sliced(0), "directions"),
         (lambda: shape.Recovery(0.0), "noise"),
+        (lambda: shape.NCE(0), "draws: got 0"),
         (lambda: shape.Annealed(2), "particles"),
         (lambda: shape.Chains("nuts"), "kernel"),
     ):

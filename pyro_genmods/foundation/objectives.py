@@ -6,6 +6,7 @@ batch belongs to the training loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -130,15 +131,16 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Rows, fake: Rows,
 def logistic_contrast(real: Values, fake: Values) -> Values:
     r"""Logistic loss of telling data from draws.
 
-    .. math:: \operatorname{softplus}(-r(x)) + \operatorname{softplus}(r(\tilde x))
+    .. math:: \operatorname{softplus}(\log k - r(x)) + \sum_{i=1}^k \operatorname{softplus}(r(\tilde x_i) - \log k)
 
-    Its minimiser over all functions is the log density ratio, :math:`r = \log p_{\text{data}} / p_{\text{draws}}`.
+    Its minimiser over all functions is the log density ratio, :math:`r = \log p_{\text{data}} / p_{\text{draws}}`; with
+    more draws for each datum, :math:`k`, its error comes near to that of maximum likelihood.
 
     Arguments:
-        real, fake: the log odds :math:`r` at data and at draws, ``(rows,)``, in nats.
+        real, fake: the log ratio :math:`r` at data, ``(rows,)``, and at draws, ``(rows,)`` or ``(rows, k)``, in nats.
 
     Returns:
-        The loss per row, ``(rows,)``, in nats; :math:`2 \log 2` if the two cannot be told apart.
+        The loss per row, ``(rows,)``, in nats; with one draw each :math:`2 \log 2` if the two cannot be told apart.
 
     References:
         M. U. Gutmann, A. Hyvarinen, Noise-Contrastive Estimation of Unnormalized Statistical Models, Journal of Machine
@@ -148,7 +150,9 @@ def logistic_contrast(real: Values, fake: Values) -> Values:
         >>> logistic_contrast(torch.zeros(1), torch.zeros(1))
         tensor([1.3863])
     """
-    return softplus(-real) + softplus(fake)
+    fake = fake.reshape(len(real), -1)
+    log_draws = math.log(fake.shape[1])
+    return softplus(log_draws - real) + softplus(fake - log_draws).sum(1)
 
 
 def hyvarinen_score(score: Callable[[Tensor], Tensor], x: Rows) -> Values:

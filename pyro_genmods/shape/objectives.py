@@ -266,7 +266,11 @@ class NCE(Objective):
     .. math:: \log \frac{p(y)}{b(y)} = -E(y) - \log Z
 
     are the log odds, with :math:`\log Z` a parameter, so that the constant is learned along: it is
-    ``model.noise_contrast``. The nearer the base is to the data, the better; a fitted flow is best.
+    ``model.noise_contrast``. The nearer the base is to the data, the better; a fitted flow is best. A far one needs
+    more draws.
+
+    Arguments:
+        draws: of the base, for each datum.
 
     References:
         M. U. Gutmann, A. Hyvarinen, 2012. R. Gao, E. Nijkamp, D. P. Kingma, Z. Xu, A. M. Dai, Y. N. Wu, Flow
@@ -279,15 +283,23 @@ class NCE(Objective):
         (torch.Size([3]), 0.0)
     """
 
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws: got {self.draws}, needs at least 1 for each datum.")
+
     def prepare(self, model: GenerativeModel) -> None:
         if model.base is None:
             raise ValueError("base: objective='nce' tells data from draws of the base, so it needs one; got None.")
         model.noise_contrast = nn.Parameter(torch.zeros((), dtype=model.place[0], device=model.place[1]))
 
     def loss(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
-        fake = model.reference_rows(len(y), c)
-        real, noise = (-model.energy_rows(rows, c) - model.noise_contrast for rows in (y, fake))
-        return logistic_contrast(real, noise)
+        many = None if c is None else c.repeat_interleave(self.draws, 0)
+        fake = model.reference_rows(len(y) * self.draws, many)
+        real = -model.energy_rows(y, c) - model.noise_contrast
+        noise = -model.energy_rows(fake, many) - model.noise_contrast
+        return logistic_contrast(real, noise.reshape(len(y), self.draws))
 
 
 @dataclass(frozen=True)
