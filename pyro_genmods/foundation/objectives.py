@@ -128,7 +128,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Rows, fake: Rows,
         return (torch.linalg.vector_norm(slope, dim=-1) - 1).square()
 
 
-def logistic_contrast(real: Values, fake: Values) -> Values:
+def logistic_contrast(real: Values, fake: Tensor) -> Values:
     r"""Logistic loss of telling data from draws.
 
     .. math:: \operatorname{softplus}(\log k - r(x)) + \sum_{i=1}^k \operatorname{softplus}(r(\tilde x_i) - \log k)
