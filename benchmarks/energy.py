@@ -202,7 +202,6 @@ def speed() -> None:
             draws, seconds = run(energy, kernel, chains, steps, size)
             rate = chains * steps / seconds
             print(f"{chains:6d}   {library:<22}  {rate:12.0f}   {judged(draws, seconds, exact)}", flush=True)
-    training()
 
 
 def training(steps: int = 100) -> None:
@@ -254,6 +253,7 @@ def main() -> None:
         learn()
     if arguments.speed or not arguments.ring:
         speed()
+        training()
 
 
 if __name__ == "__main__":

@@ -267,13 +267,14 @@ def hamiltonian(state: State, potential: PotentialLike, step: Step) -> tuple[Sta
         (torch.Size([4, 2]), torch.Size([4]))
     """
     position, momentum, gradient = state.position, step.noise, state.gradient
-    run = potential.fuse(leapfrog, (position, momentum, gradient, step.size, step.scale))
-    for _ in range(step.leapfrogs):
-        position, momentum, gradient = run(position, momentum, gradient, step.size, step.scale)
+    if step.leapfrogs > 1:
+        run = potential.fuse(leapfrog, (position, momentum, gradient, step.size, step.scale))
+        for _ in range(step.leapfrogs - 1):
+            position, momentum, gradient = run(position, momentum, gradient, step.size, step.scale)
     potential.num_gradients += step.leapfrogs * len(position)
-    rest = (position, momentum, gradient, *state, step.noise, step.log_uniform)
+    rest = (position, momentum, gradient, step.size, step.scale, *state, step.noise, step.log_uniform)
     outcome = potential.fuse(_finish, rest)(*rest)
-    return State(*outcome[:3]), Info(*outcome[3:], position, momentum)
+    return State(*outcome[:3]), Info(*outcome[3:])
 
 
 def mala(state: State, potential: PotentialLike, step: Step) -> tuple[State, Info]:
@@ -323,20 +324,23 @@ def _rows(scale: Tensor) -> Tensor:
     return scale.reshape(-1, scale.shape[-1])
 
 
-def _finish(potential: PotentialLike, position: Tensor, momentum: Tensor, gradient: Tensor, *rest: Tensor) -> Any:
-    old, noise, log_uniform = State(*rest[:3]), rest[3], rest[4]
-    new = State(position, potential.value(position), gradient)
+def _finish(potential: PotentialLike, *tensors: Tensor) -> Any:
+    """The last leapfrog, which evaluates the energy along with its gradient, and the accept test."""
+    position, momentum, gradient, size, scale = tensors[:5]
+    old, noise, log_uniform = State(*tensors[5:8]), *tensors[8:]
+    momentum = momentum - 0.5 * size * _pulled(scale, gradient)
+    position = position + size * scaled(scale, momentum)
+    new = State(position, *potential.value_and_grad(position))
+    momentum = momentum - 0.5 * size * _pulled(scale, new.gradient)
     before = old.energy + 0.5 * noise.square().sum(-1)
     after = new.energy + 0.5 * momentum.square().sum(-1)
     state, *judged = metropolis(old, new, before - after, log_uniform)
-    return (*state, *judged, before)
+    return (*state, *judged, before, position, momentum)
 
 
 def _mala(potential: PotentialLike, *tensors: Tensor) -> Any:
     old, (size, scale, noise, log_uniform) = State(*tensors[:3]), tensors[3:]
-    position, momentum, gradient = leapfrog(potential, old.position, noise, old.gradient, size, scale)
-    outcome = _finish(potential, position, momentum, gradient, *old, noise, log_uniform)
-    return (*outcome, position, momentum)
+    return _finish(potential, old.position, noise, old.gradient, size, scale, *old, noise, log_uniform)
 
 
 def _langevin(potential: PotentialLike, *tensors: Tensor) -> Any:

@@ -219,7 +219,7 @@ class Energy(UnnormalizedModel):
         """
         told = self.objective.tell(y, c, level)
         inputs = (y,) if told is None else (y, told)
-        if fixed:
+        if fixed and any(parameter.requires_grad for parameter in self.network.parameters()):
             parameters = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
             return functional_call(self.network, parameters, inputs).reshape(y.shape[:1])
         return self.network(*inputs).reshape(y.shape[:1])

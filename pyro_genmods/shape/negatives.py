@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import GenerativeModel
-from ..foundation.chains import Plain, State, Step, langevin, mala, start
+from ..foundation.chains import Plain, Step, mala, start
 from ..foundation.shapes import Context, Rows
 
 __all__ = ["Langevin", "ReplayBuffer"]
@@ -53,22 +53,30 @@ class Langevin:
             log_step: logarithm of the step size, a scalar tensor.
         """
         potential = Plain(energy if self.temperature == 1 else lambda q: energy(q) / self.temperature)
-        move = mala if self.kernel == "mala" else langevin
         # a step of the physical size at any temperature: the noise grows with its root
-        size, ones = log_step.exp() * math.sqrt(self.temperature), torch.ones_like(y[0])
-        state: State = start(y.detach(), potential)
+        size = log_step.exp() * math.sqrt(self.temperature)
         noise = torch.randn(self.transitions, *y.shape, dtype=y.dtype, device=y.device)
-        uniform = torch.rand(2, self.transitions, len(y), dtype=y.dtype, device=y.device)
-        sizes = (
-            size * (SPREAD + (1 - SPREAD) * uniform[1, ..., None])
-            if self.kernel == "mala"
-            else size.expand(self.transitions)
-        )
-        log_uniform, rates = uniform[0].log(), []
-        for k in range(self.transitions):
-            state, info = move(state, potential, Step(sizes[k], ones, noise[k], log_uniform[k]))
+        adjusted = self._adjusted if self.kernel == "mala" else self._unadjusted
+        return adjusted(potential, y.detach(), size, noise)
+
+    @staticmethod
+    def _adjusted(potential: Plain, y: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        uniform = torch.rand(2, *noise.shape[:2], dtype=y.dtype, device=y.device)
+        sizes = size * (SPREAD + (1 - SPREAD) * uniform[1, ..., None])
+        log_uniform, ones, rates = uniform[0].log(), torch.ones_like(y[0]), []
+        state = start(y, potential)
+        for each in zip(sizes, ones.expand(len(noise), -1), noise, log_uniform, strict=True):
+            state, info = mala(state, potential, Step(*each))
             rates.append(info.acceptance)
         return state.position, 1 / (1 / torch.stack(rates).clamp_min(LEAST)).mean()
+
+    @staticmethod
+    def _unadjusted(potential: Plain, y: Tensor, size: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The bare equation; a chain that is lost is back where it started."""
+        moved = y
+        for kick in size * noise:
+            moved = moved - 0.5 * size**2 * potential.grad(moved) + kick
+        return torch.where(moved.isfinite().all(-1, keepdim=True), moved, y), torch.ones_like(size)
 
 
 class ReplayBuffer(nn.Module):
@@ -139,7 +147,7 @@ class ReplayBuffer(nn.Module):
         """
 
         def energy(rows: Tensor) -> Tensor:
-            own = -model.unnormalized_rows(rows, c, fixed=True)
+            own = -model.unnormalized_rows(rows, c)  # differentiated by rows alone
             return own if extra is None else own + extra(rows)
 
         y, rate = self.langevin.run(energy, y, self.log_step)

@@ -251,7 +251,9 @@ class Contrastive(Objective):
             fake, told = model.negatives.draw(model, len(y), c, advance=model.training)
         else:
             fake, told = model.negatives.chain(model, y.detach(), c), c
-        return contrastive_divergence(-model.unnormalized_rows(y, c), -model.unnormalized_rows(fake, told))
+        both = None if c is None else torch.cat([c, told])
+        real, drawn = (-model.unnormalized_rows(torch.cat([y, fake]), both)).split(len(y))
+        return contrastive_divergence(real, drawn)
 
     def surrogate(self, model: GenerativeModel, y: Rows, c: Context | None) -> Values:
         fake, told = model.negatives.draw(model, max(len(y), 1), c, advance=model.training)
