@@ -26,7 +26,7 @@ import pyro_genmods as gm
 from pyro_genmods import shape
 from pyro_genmods.foundation.convergence import effective_sample_size
 from pyro_genmods.foundation.networks import MLP
-from pyro_genmods.shape.sampling import path_of
+from pyro_genmods.shape.sampling import target_of
 
 RADIUS, SD, STEPS, BATCH = 3.0, 0.3, 1500, 256
 SIDE, POINTS = 6.0, 120
@@ -152,14 +152,13 @@ def judged(draws: Tensor, seconds: float, exact: Tensor) -> str:
 def ours(energy: nn.Module, kernel: str, chains: int, steps: int, size: float) -> tuple[Tensor, float]:
     """Draws, and seconds of processor time without the warm-up."""
     law = gm.Energy(2, network=energy, base=None).freeze()
-    path = path_of(law, None)
-    path.inverse_temperature = torch.ones(chains)
+    target = target_of(law, None)
     sampler = shape.Chains(kernel, warmup=100 if kernel != "ula" else 20, step_size=size)
     with torch.no_grad():
-        state, tuned = sampler.warm_up(path, 2 * torch.randn(chains, 2))
+        state, tuned = sampler.warm_up(target, 2 * torch.randn(chains, 2))
         kept: list[Tensor] = []
         start = time.process_time()
-        sampler.go_on(path, state, tuned, steps, lambda state, *_: kept.append(state.position))
+        sampler.go_on(target, state, tuned, steps, lambda state, *_: kept.append(state.position))
     return torch.stack(kept, 1), time.process_time() - start
 
 

@@ -356,7 +356,9 @@ def test_a_context_that_is_inferred_is_refused():
         corrected.base_distribution()
 
 
-@pytest.mark.parametrize("engine", ["pyro", "ours", pytest.param("smc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("pyro", marks=pytest.mark.slow), "ours", pytest.param("smc", marks=pytest.mark.slow)]
+)
 def test_the_corrected_posterior_of_a_linear_generator(engine):
     """``z ~ N(m, I)``, ``y = W z + b + noise``: the posterior of the shifted prior."""
     corrected, prior_mean = tilted()
@@ -389,6 +391,7 @@ def test_the_corrected_posterior_of_a_linear_generator(engine):
     assert_chain(draws, prior_mean + gap, covariance, tolerance=0.08)
 
 
+@pytest.mark.slow
 def test_a_trained_correction_turns_the_generator_into_the_law_of_the_data():
     """Noise N(0, 1), data N(0.7, 0.8^2): the correction reaches them though the generator does not move."""
     torch.manual_seed(0)

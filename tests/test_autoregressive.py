@@ -222,7 +222,7 @@ def grid(low: float, high: float, n: int) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize("network", CHEAPEST_FIRST)
-@pytest.mark.parametrize("name", ["gaussians", "logistics", "spline"])
+@pytest.mark.parametrize("name", ["gaussians", "logistics", pytest.param("spline", marks=SLOW)])
 def test_the_mass_of_continuous_laws(name, network):
     """On positive numbers with units of their own, under an order, by quadrature in logarithms."""
     model = build(2, CONTINUOUS[name], network, 0.15, order=[1, 0], support=constraints.positive)
@@ -712,6 +712,7 @@ def test_an_ensemble_is_the_mixture_of_its_orders(network):
     assert model.loss(x, c[:1].expand(16, 1)).shape == (16,)
 
 
+@pytest.mark.slow
 def test_a_trained_orderless_model_knows_a_table_in_every_order():
     torch.manual_seed(5)
     p = (1.2 * torch.randn(16)).softmax(0)

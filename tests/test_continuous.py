@@ -143,6 +143,7 @@ def test_the_loss_of_normal_data_is_known():
     assert_mean(flow.loss(x).detach(), truth, name="loss at the optimum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(DOUBLE, marks=SLOW)])
 def test_the_density_of_a_learned_flow_integrates_to_one(learned, dtype):
     flow = copy.deepcopy(learned).to(dtype)
@@ -380,6 +381,7 @@ def test_transport_within_a_batch_makes_paths_straighter():
     assert bent["optimal_transport"] < 0.5 * bent["independent"]
 
 
+@pytest.mark.slow
 def test_rectified_paths_are_straighter_and_need_fewer_steps(learned):
     x = moons(4000)
     student = learned.rectify()

@@ -380,7 +380,7 @@ def test_moments_of_a_chain_are_the_linear_recursion(eta, schedule):
         evolve.Ancestral(256),
         evolve.PredictorCorrector(256, corrections=2),
         evolve.ReverseSDE(1024),
-        evolve.ReverseSDE(1024, schedule=evolve.EDM()),
+        pytest.param(evolve.ReverseSDE(1024, schedule=evolve.EDM()), marks=pytest.mark.slow),
         evolve.AdamsBashforth(32),
         evolve.DPMSolver(64),
         evolve.Heun(32),
@@ -646,10 +646,15 @@ def test_the_score_is_refused_where_there_is_no_accept_test():
     assert estimate.with_score_force(estimated=True).density is gm.Density.ESTIMATE
 
 
-def test_pyros_nuts_refuses_what_has_a_score_alone_and_takes_noise_space():
+def test_pyros_nuts_refuses_what_has_a_score_alone():
     prior = correlated().sampled_by(evolve.AdamsBashforth(4))
     with pytest.raises(DensityError, match="PushforwardReparam"):
         MCMC(NUTS(observed(prior), jit_compile=False), 5, warmup_steps=5, disable_progbar=True).run()
+
+
+@pytest.mark.slow
+def test_pyros_nuts_takes_noise_space():
+    prior = correlated().sampled_by(evolve.AdamsBashforth(4))
     model = pyro.poutine.reparam(observed(prior), {"x": gm.infer.PushforwardReparam()})
     pyro.set_rng_seed(0)
     mcmc = MCMC(NUTS(model), 400, warmup_steps=200, disable_progbar=True)

@@ -564,8 +564,13 @@ def test_energies_and_potentials_are_not_refused():
         lambda: rough_diffusion(estimated=True).with_score_force(),
         lambda: gm.Diffusion(2, trace="exact", solver=evolve.RK4(2)),
         lambda: gm.Diffusion(2, parameterization="energy").energy_law(),
-        lambda: (
-            gm.Diffusion(2, parameterization="energy", solver=evolve.RK4(2)).energy_law().normalize_at(torch.zeros(2))
+        pytest.param(
+            lambda: (
+                gm.Diffusion(2, parameterization="energy", solver=evolve.RK4(2))
+                .energy_law()
+                .normalize_at(torch.zeros(2))
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["force", "accepted force", "exact", "energy", "normalised energy"],

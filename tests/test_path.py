@@ -361,7 +361,8 @@ def test_the_traced_engine_records_it(method, noise_space):
     assert torch.allclose(gradient[:, 1], slope, atol=1e-5)
 
 
-@pytest.mark.parametrize("noise_space", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_space", [False, True])
 def test_the_traced_engine_records_coupled_linearised_systems(noise_space):
     """Two features, so that Jacobians, integrals of matrices and Cholesky factors are recorded."""
     prior = NeuralSDE(2, TIMES[:4], swirl, state_diffusion, context_features=2, method="local_linear").double()

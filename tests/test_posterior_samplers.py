@@ -551,6 +551,7 @@ def test_classes():
     assert float(((found.mean - truth[0]) / truth[1].sqrt()).abs().max()) < 0.08
 
 
+@pytest.mark.slow
 def test_positive_events_are_in_the_users_units():
     prior = standard_normal(1, support=constraints.positive)
 

@@ -188,7 +188,8 @@ def rough(network: torch.nn.Module, roughness: float, seed: int = 3) -> torch.nn
     return network
 
 
-@pytest.mark.parametrize("space", ["data", pytest.param("noise", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("space", ["data", "noise"])
 def test_a_nonlinear_context_against_quadrature(space):
     """``x | c`` has mean and scale that are nonlinear in ``c``; every copy has its own two-dimensional integral."""
     prior = gm.Flow(rough(zuko.flows.MAF(1, context=1, transforms=1, hidden_features=(8,)), 0.5)).freeze()

@@ -629,10 +629,10 @@ def test_a_gradient_is_faster_than_pyros():
     def seconds(function: Callable[[], Any]) -> float:
         times = []
         for _ in range(7):
-            begun = time.perf_counter()
+            begun = time.process_time()  # whatever else the machine does
             for _ in range(20):
                 function()
-            times.append(time.perf_counter() - begun)
+            times.append(time.process_time() - begun)
         return min(times)
 
     q = energy.layout.flatten(start)[None]

@@ -169,6 +169,7 @@ def test_single_precision_is_close_to_double():
     assert torch.allclose(network.float()(t.float(), y.float()).double(), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_learns_the_velocity_of_gaussian_images():
     """At least nine tenths of what is to be explained are, on noise that training has not seen."""
     torch.manual_seed(0)

@@ -27,11 +27,11 @@ from torch import Tensor
 from ..contract import GenerativeModel
 from ..foundation.adaptation import DualAveraging, Moments, halton, harmonic_mean
 from ..foundation.annealing import Path, anneal
-from ..foundation.chains import Info, PotentialLike, State, Step, hamiltonian, langevin, mala, start
+from ..foundation.chains import Info, Plain, PotentialLike, State, Step, hamiltonian, langevin, mala, start
 from ..foundation.moves import HamiltonianMoves
 from ..foundation.shapes import Context, Rows
 
-__all__ = ["Annealed", "Chains", "EnergySampler", "Tuned", "path_of"]
+__all__ = ["Annealed", "Chains", "EnergySampler", "Tuned", "path_of", "target_of"]
 
 MOST_ROWS = 2**16  # moved in one batch
 TARGETS = {"hmc": 0.651, "mala": 0.574, "ula": 0.95}
@@ -57,6 +57,17 @@ def path_of(model: GenerativeModel, c: Context | None) -> Path:
         return energy if model.base is not None else energy - reference(y)
 
     return Path(reference, tilt)
+
+
+def target_of(model: GenerativeModel, c: Context | None) -> Plain:
+    """The law itself, at contexts of rows, for chains.
+
+    Example:
+        >>> import pyro_genmods as gm
+        >>> target_of(gm.Energy(2, network=lambda y: y.sum(-1), base=None), None).grad(torch.zeros(1, 2))
+        tensor([[1., 1.]])
+    """
+    return Plain(lambda y: -model.unnormalized_rows(y, c, fixed=True))
 
 
 def new_generator(device: torch.device) -> torch.Generator:
@@ -206,9 +217,7 @@ class Chains(EnergySampler):
             n = max(rows, self.least)
             told = None if c is None else c[torch.arange(n, device=c.device) % rows]
             y = self._begin(model, n, told)
-            path = path_of(model, told)
-            path.inverse_temperature = torch.ones_like(y[:, 0])
-            return self.run(path, y)[:rows]
+            return self.run(target_of(model, told), y)[:rows]
 
     def _begin(self, model: GenerativeModel, n: int, c: Tensor | None) -> Tensor:
         buffer = getattr(model, "negatives", None)
@@ -216,18 +225,18 @@ class Chains(EnergySampler):
             return buffer.positions[torch.randint(buffer.size, (n,), device=buffer.positions.device)]
         return model.reference_rows(n, c)
 
-    def run(self, path: PotentialLike, y: Tensor) -> Tensor:
+    def run(self, target: PotentialLike, y: Tensor) -> Tensor:
         """Where chains from rows arrive."""
-        state, tuned = self.warm_up(path, y)
-        return self.go_on(path, state, tuned, self.transitions).position
+        state, tuned = self.warm_up(target, y)
+        return self.go_on(target, state, tuned, self.transitions).position
 
-    def warm_up(self, path: PotentialLike, y: Tensor) -> tuple[State, Tuned]:
+    def warm_up(self, target: PotentialLike, y: Tensor) -> tuple[State, Tuned]:
         """Where chains from rows are after the warm-up, and what it taught them."""
         step = DualAveraging.around(self.step_size, TARGETS[self.kernel], len(y))
         moments, scale = Moments(y.mean(0)), torch.ones_like(y[0])
-        state, everyone = start(y, path), torch.ones(len(y), dtype=torch.bool, device=y.device)
+        state, everyone = start(y, target), torch.ones(len(y), dtype=torch.bool, device=y.device)
         for k in range(self.warmup):
-            state, info = self._move(state, path, self._draw(y, Tuned(step.size, scale), k), adjusted=True)
+            state, info = self._move(state, target, self._draw(y, Tuned(step.size, scale), k), adjusted=True)
             step.update(harmonic_mean(info.acceptance, everyone))
             moments.update(state.position)
             if k in (self.warmup // 4, self.warmup // 2, 3 * self.warmup // 4):
@@ -236,12 +245,12 @@ class Chains(EnergySampler):
         return state, Tuned(self.step_size if self.kernel == "ula" else step.final, scale)
 
     def go_on(
-        self, path: PotentialLike, state: State, tuned: Tuned, transitions: int, record: Record | None = None
+        self, target: PotentialLike, state: State, tuned: Tuned, transitions: int, record: Record | None = None
     ) -> State:
         """Where chains are after so many transitions of a fixed kernel.
 
         Arguments:
-            path: the target.
+            target: energies with gradients.
             state: where they are.
             tuned: step size and scale.
             transitions: how many.
@@ -249,7 +258,7 @@ class Chains(EnergySampler):
         """
         for k in range(transitions):
             draw = self._draw(state.position, tuned, self.warmup + k)
-            state, info = self._move(state, path, draw, adjusted=self.kernel != "ula")
+            state, info = self._move(state, target, draw, adjusted=self.kernel != "ula")
             if record is not None:
                 record(state, info, draw)
         return state
@@ -260,9 +269,9 @@ class Chains(EnergySampler):
             leapfrogs = max(1, min(32, math.ceil(LENGTH * (0.5 + halton(k + 1)) / size)))
         return Step(y.new_tensor(size), tuned.scale, torch.randn_like(y), torch.rand_like(y[:, 0]).log(), leapfrogs)
 
-    def _move(self, state: State, path: PotentialLike, draw: Step, adjusted: bool) -> tuple[State, Info]:
+    def _move(self, state: State, target: PotentialLike, draw: Step, adjusted: bool) -> tuple[State, Info]:
         move = hamiltonian if self.kernel == "hmc" else mala if adjusted else langevin
-        return move(state, path, draw)
+        return move(state, target, draw)
 
 
 SAMPLERS: dict[str, type[EnergySampler]] = {"annealed": Annealed, "chains": Chains}
