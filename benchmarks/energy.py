@@ -81,7 +81,7 @@ class Exact(shape.Objective):
 OBJECTIVES: dict[str, Callable[[], shape.Objective]] = {
     "exact": Exact,
     "PCD, 20 MALA": lambda: shape.Contrastive(transitions=20, step_size=0.3, buffer_size=2048),
-    "CD, 10 MALA": lambda: shape.Contrastive(transitions=10, persistent=False, step_size=0.3),
+    "CD, 20 MALA": lambda: shape.Contrastive(transitions=20, persistent=False, step_size=0.3),
     "recovery": lambda: shape.Recovery(noise=0.5, transitions=20),
     "NCE": shape.NCE,
     "NCE, 8 draws": lambda: shape.NCE(8),

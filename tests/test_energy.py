@@ -107,7 +107,7 @@ def test_several_levels_of_noise():
 def test_the_ring_is_learned_as_well_as_by_exact_likelihood():
     """Eight modes, two layers of 128, 1500 steps: within 0.05 nats of the likelihood with its normaliser by a grid."""
     exact = benchmark.divergence(benchmark.learned(benchmark.Exact()))
-    chains = benchmark.learned(benchmark.OBJECTIVES["PCD, 20 MALA"]())
+    chains = benchmark.learned(benchmark.OBJECTIVES["CD, 20 MALA"]())
     assert benchmark.divergence(chains) < exact + 0.05, exact
     contrast = benchmark.learned(shape.NCE(8))
     assert abs(float(contrast.noise_contrast - benchmark.grid_log_normalizer(contrast))) < 0.05
