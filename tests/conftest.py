@@ -5,6 +5,8 @@ from jaxtyping import install_import_hook
 with install_import_hook("pyro_genmods", "beartype.beartype"):
     import pyro_genmods  # noqa: F401
 
+import signal
+
 import pyro
 import pytest
 import torch
@@ -21,6 +23,13 @@ def device(request):
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts():
+    """A shell's background process is started with interrupts ignored; tests that interrupt themselves need them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

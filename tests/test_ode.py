@@ -292,10 +292,10 @@ def stiff(t: Tensor, y: Tensor, c: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("solver", [RK4(16), DormandPrince(), DormandPrince(gradient="autograd")])
 def test_what_cannot_be_solved_is_an_error_at_once(field, solver):
     y = torch.ones(4, 1, dtype=DOUBLE, requires_grad=True)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(IntegrationError, match=r"4 of 4 row\(s\)|1 of 4 row\(s\)|row\(s\) is NaN"):
         odeint(field, y, UNIT, solver)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("solver", [RK4(16), DormandPrince()])
