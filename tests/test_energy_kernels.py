@@ -50,7 +50,6 @@ def scores(draws: Tensor, law: shape.Reference) -> Tensor:
 
 def chains(kernel: str, law: shape.Reference, start: Tensor, warmup: int) -> Tensor:
     """Draws ``(chains, n, features)`` of chains that start at rows."""
-    torch.manual_seed(0)
     pyro.set_rng_seed(0)
     short = {"target_accept_prob": 0.97} if isinstance(law, shape.Rosenbrock) else {}
     model = KERNELS[kernel](lambda: pyro.sample("x", law()), level="graph", **short)

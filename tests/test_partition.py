@@ -150,6 +150,10 @@ def test_a_seed_repeats_it_and_the_random_stream_is_left_alone(law):
     assert torch.rand(()) == after
     assert log_normalizer(law, seed=0, **options) == first
     assert log_normalizer(law, seed=1, **options).value != first.value
+    torch.manual_seed(3)
+    unseeded = log_normalizer(law, **options)
+    torch.manual_seed(3)
+    assert log_normalizer(law, **options) == unseeded != first
 
 
 # -- the flags --------------------------------------------------------------------------------------------------------

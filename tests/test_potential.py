@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -634,10 +635,13 @@ def test_a_gradient_is_faster_than_pyros():
 
     q = energy.layout.flatten(start)[None]
     calls = (lambda: energy.grad(q), lambda: potential_grad(energy, start), lambda: potential_grad(potential, start))
-    turns = [[seconds(call) for call in calls] for _ in range(15)]  # in turn, as the machine may do other things too
+    jaxtyping.config.update("jaxtyping_disable", True)  # the tests' type checks are no part of the price
+    try:
+        turns = [[seconds(call) for call in calls] for _ in range(15)]  # in turn: the machine may do other things too
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
     rows, params, pyros = map(min, zip(*turns[1:], strict=True))
-    assert rows < pyros / 2, (rows, pyros)
-    assert params < pyros / 1.5, (params, pyros)  # 2.3 times as fast without the type checks of the tests' import hook
+    assert rows < pyros / 2 and params < pyros / 2, (rows, params, pyros)
 
 
 def test_pyros_form_is_differentiable():

@@ -110,7 +110,7 @@ class BinaryEnergy(UnnormalizedModel):
         self.normalizer = Normalizer(self.log_normalizer_rows if self.normalized else None)
         objective = options.get("objective") or ("likelihood" if self.normalized else "contrastive")
         sampler = options.get("sampler") or ("exact" if self.enumerable else "annealed")
-        self.learn_and_sample_by(
+        self.take_records(
             named("objective", objective, BINARY_OBJECTIVES),
             named("sampler", sampler, BINARY_SAMPLERS),
             options.get("learn"),

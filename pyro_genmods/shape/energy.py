@@ -139,7 +139,7 @@ class Energy(UnnormalizedModel):
         self.normalizer = Normalizer(log_normalizer)
         self.to(*reversed(place_of(self.network) if list(self.network.parameters()) else self.place))
         check_network(self.network, self.features, told)
-        self.learn_and_sample_by(objective, sampler, learn)
+        self.take_records(objective, sampler, learn)
 
     def _take_base(self, base: Any, tilted: GenerativeModel | None, context_features: int) -> None:
         if tilted is None:

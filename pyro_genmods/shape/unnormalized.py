@@ -17,7 +17,7 @@ __all__ = ["UnnormalizedModel", "named"]
 class UnnormalizedModel(GenerativeModel):
     """A law known up to its constant.
 
-    Subclasses call :meth:`learn_and_sample_by` once their network is there.
+    Subclasses call :meth:`take_records` once their network is there.
 
     Attributes:
         objective, sampler: records of options.
@@ -38,7 +38,7 @@ class UnnormalizedModel(GenerativeModel):
     allow_unnormalized: bool
     report: Any = None
 
-    def learn_and_sample_by(self, objective: Objective, sampler: EnergySampler, learn: str | None) -> None:
+    def take_records(self, objective: Objective, sampler: EnergySampler, learn: str | None) -> None:
         """Take the records, and make what the objective must remember.
 
         Raises:
