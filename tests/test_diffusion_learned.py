@@ -159,3 +159,6 @@ def test_a_learned_lattice_has_nearly_the_exact_posterior():
     found = [outcome(law, model, random_measurement(law, d_y, 1), 300) for d_y in (2, 4)]
     print(f"KL {kl:.2f}, {found}")
     assert 0 < kl < 0.55
+    for one in found:
+        assert abs(one.gap) < math.sqrt(2 * kl)
+        assert abs(one.gap - one.own_gap) < 0.3, "the sampler, not the density"
