@@ -3,9 +3,10 @@
     python -m benchmarks.energy --ring      # divergence by a grid, each objective with the same network and steps
     python -m benchmarks.energy --speed     # chain steps and effective draws a second, training steps a second
 
-The ring has radius 3 and modes of standard deviation 0.3. Every objective takes 1500 steps of 256 examples, Adam with a
-cosine from a rate of 1e-2 (5e-3 for score matching), and a perceptron of two layers of 128 over a Gaussian base; "exact" is the likelihood with
-its normaliser by a grid of 120 x 120 points. Divergences are of the data's law from the learned one, in nats.
+The ring has radius 3 and modes of standard deviation 0.3. Every objective takes 1500 steps of 256 examples, Adam with
+a cosine from a rate of 1e-2 (5e-3 for score matching), and a perceptron of two layers of 128 over a Gaussian base;
+"exact" is the likelihood with its normaliser by a grid of 120 x 120 points. Divergences are of the data's law from
+the learned one, in nats.
 
 The speed is that of one and the same network energy (two layers of 128 over a wide Gaussian, two dimensions) under both
 libraries, which take turns; a chain step is one transition of one chain. The accuracy is that of the mean square of the

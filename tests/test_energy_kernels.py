@@ -37,6 +37,7 @@ KERNELS = {
     "fixed HMC": lambda model, **k: infer.HMC(model, num_steps=5, **k),
     "dense HMC": lambda model, **k: infer.HMC(model, full_mass=True, **k),
     "MALA": infer.MALA,
+    "tempering": lambda model, **k: infer.ParallelTempering(model, num_temperatures=3, **k),
 }
 
 
