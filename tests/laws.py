@@ -768,7 +768,12 @@ LAWS: tuple[Law, ...] = (
     continuous("continuous-hutchinson-context", context=2, trace="hutchinson", objective="likelihood"),
     continuous("continuous-hutchinson-network", own=True, trace="hutchinson", facts={"core": False}),
     diffusion("diffusion"),
-    diffusion("diffusion-context-positive", context=2, support=constraints.positive, facts={"standardized": True}),
+    diffusion(
+        "diffusion-context-positive",
+        context=2,
+        support=constraints.positive,
+        facts={"standardized": True, "core": False},
+    ),
     diffusion("diffusion-white", features=3, facts={"standardized": True, "core": False}),
     diffusion("diffusion-network", own=True, features=3),
     diffusion("diffusion-denoised-context", own=True, context=2, parameterization="denoised", facts={"core": False}),

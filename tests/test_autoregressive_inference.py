@@ -71,7 +71,7 @@ def test_pyro_nuts_on_many_copies(space):
     assert_chain(x, truth.mean, truth.covariance_matrix, ROUGHLY)
 
 
-@pytest.mark.parametrize("space", ["data", "noise"])
+@pytest.mark.parametrize("space", ["data", pytest.param("noise", marks=SLOW)])
 def test_many_chains_of_hmc(space):
     y = measurements()
     program = MODEL if space == "data" else noisy(MODEL)
@@ -158,9 +158,8 @@ def posterior_of(law: gm.Autoregressive, x: Tensor) -> Tensor:
     return log_joint.log_softmax(0)
 
 
-@pytest.mark.parametrize(
-    "name", ["categorical", pytest.param("bernoulli", marks=SLOW), pytest.param("sequence", marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "sequence"])
 def test_nuts_with_a_discrete_likelihood(name):
     law = LIKELIHOODS[name]()
     x = law(torch.full((12, 1), 0.8, dtype=DOUBLE)).sample()

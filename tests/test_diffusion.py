@@ -184,7 +184,8 @@ def test_a_gaussian_is_scored_exactly_in_four_calls():
 
 
 @pytest.mark.parametrize(
-    ("make", "draw", "mean", "largest"), [(ring, ring_draws, 2e-4, 2e-3), (lattice, lattice_draws, 1e-3, 1e-2)]
+    ("make", "draw", "mean", "largest"),
+    [(ring, ring_draws, 2e-4, 2e-3), pytest.param(lattice, lattice_draws, 1e-3, 1e-2, marks=pytest.mark.slow)],
 )
 def test_a_calibrated_grid_scores_mixtures_in_sixty_four_calls(make, draw, mean, largest):
     """The largest of four hundred draws.
@@ -596,6 +597,7 @@ def push(prior: gm.GenerativeModel, z: Tensor) -> Tensor:
         return prior().push(z)
 
 
+@pytest.mark.slow
 def test_tempered_particles_find_posterior_and_evidence():
     prior = correlated().sampled_by(evolve.AdamsBashforth(8))
     model = pyro.poutine.reparam(observed(prior), {"x": gm.infer.PushforwardReparam()})
