@@ -162,3 +162,4 @@ def test_a_learned_lattice_has_nearly_the_exact_posterior():
     for one in found:
         assert abs(one.gap) < math.sqrt(2 * kl)
         assert abs(one.gap - one.own_gap) < 0.3, "the sampler, not the density"
+        assert one.between < 2 * one.floor, "a Gaussian posterior would be as near"
